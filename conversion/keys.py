@@ -1,0 +1,95 @@
+"""The one home of the official checkpoints' key names: how each becomes one of ours (see `rename_*`)."""
+
+import re
+
+import torch
+
+
+_BLOCK = [
+    (r"\.norm0\.", ".self_attn_layer_norm."),
+    (r"\.norm1\.", ".cross_attn_layer_norm."),
+    (r"\.norm2\.", ".mlp_layer_norm."),
+    (r"\.(token_causal_attn|self_attn)\.", ".self_attn."),
+    (r"\.(token_cross_attn|cross_attn)\.", ".cross_attn."),
+    (r"\.proj\.", ".projection."),
+]
+
+_ENCODER = [
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.norm1\.", ".layer_norm1."),
+    (r"\.norm2\.", ".layer_norm2."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"^norm\.", "post_layernorm."),
+]
+
+_TOKENIZER = [
+    (r"^token_predictor\.in_conv\.0\.", "selector.norm."),
+    (r"^token_predictor\.in_conv\.1\.", "selector.in_proj."),
+    (r"^token_predictor\.out_conv\.0\.", "selector.hidden_proj1."),
+    (r"^token_predictor\.out_conv\.2\.", "selector.hidden_proj2."),
+    (r"^token_predictor\.out_conv\.4\.", "selector.out_proj."),
+    (r"^causal_encoder\.ln_vision\.", "merger.context_norm."),
+    (r"^causal_encoder\.norm\.", "merger.norm."),
+    (r"^causal_encoder\.blocks\.", "merger.layers."),
+    (r"^quantize\.embedding\.", "quantizer.codebook."),
+    (r"^encode_task_layer\.0\.", "quantizer.fc1."),
+    (r"^encode_task_layer\.2\.", "quantizer.fc2."),
+]
+
+_DETOKENIZER = [
+    (r"^pos_embed$", "position_embedding"),
+    (r"^query_embed$", "query_embedding"),
+    (r"^blocks\.", "layers."),
+    (r"^decode_task_layer\.0\.", "fc1."),
+    (r"^decode_task_layer\.2\.", "fc2."),
+    (r"^unet_proj\.", "prompt_projections.0."),
+    (r"^unet_proj_1\.", "prompt_projections.0."),
+    (r"^unet_proj_2\.", "prompt_projections.1."),
+    (r"^unet_attnpool\.positional_embedding$", "attention_pool.position_embedding"),
+    (r"^unet_attnpool\.q_proj\.", "attention_pool.query."),
+    (r"^unet_attnpool\.k_proj\.", "attention_pool.key."),
+    (r"^unet_attnpool\.v_proj\.", "attention_pool.value."),
+    (r"^unet_attnpool\.c_proj\.", "attention_pool.projection."),
+]
+
+
+def _rename(key: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def rename_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Vision tower (no prefix) to `Blip2VisionModel` names; the query and value biases become one vector with a zero key bias.
+
+    `head.*`, the unused CLIP head, is left out.
+    """
+    renamed = {}
+    for key, tensor in state_dict.items():
+        if key.startswith("head.") or key.endswith(".attn.v_bias"):
+            continue
+        if key.endswith(".attn.q_bias"):
+            value_bias = state_dict[key.replace("q_bias", "v_bias")]
+            key = key.replace("q_bias", "qkv.bias")
+            tensor = torch.cat([tensor, torch.zeros_like(tensor), value_bias])
+        renamed[_rename(key, _ENCODER)] = tensor
+    return renamed
+
+
+def rename_tokenizer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tokenizer (`encoder.*` included where present) to `LavitVisualTokenizer` names; `vit_proj.*` keeps its name."""
+    encoder = {key.removeprefix("encoder."): tensor for key, tensor in state_dict.items() if key.startswith("encoder.")}
+    renamed = {f"encoder.{key}": tensor for key, tensor in rename_encoder(encoder).items()}
+    for key, tensor in state_dict.items():
+        if not key.startswith("encoder."):
+            renamed[_rename(key, _TOKENIZER + _BLOCK)] = tensor
+    return renamed
+
+
+def rename_detokenizer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Either decoder to `LavitDetokenizer` names; the codebook is not in the official file."""
+    return {_rename(key, _DETOKENIZER + _BLOCK): tensor for key, tensor in state_dict.items()}

@@ -1,0 +1,82 @@
+"""An independent judge of drawn pictures: a small convolutional classifier of names and styles.
+
+It is trained on *all* pictures of the used styles, held-out ones included, takes part in no loss of the model, and is not shipped
+with it: its scores are not circular.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+            nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(channels_out),
+        )
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(hidden) + self.shortcut(hidden))
+
+
+class Judge(nn.Module):
+    """Pictures (B, 3, S, S) in [0, 1] to name logits (B, L) and style logits (B, T)."""
+
+    def __init__(self, names: list[str], styles: list[str], image_size: int):
+        super().__init__()
+        self.names, self.styles, self.image_size = names, styles, image_size
+        self.body = nn.Sequential(
+            ResidualBlock(3, 32, 2), ResidualBlock(32, 64, 2), ResidualBlock(64, 128, 2), ResidualBlock(128, 192, 2)
+        )
+        self.name_head = nn.Linear(192, len(names))
+        self.style_head = nn.Linear(192, len(styles))
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if tuple(pictures.shape[1:]) != (3, self.image_size, self.image_size):
+            size = self.image_size
+            raise ValueError(f"the judge takes (batch, 3, {size}, {size}) in [0, 1], got {tuple(pictures.shape)}")
+        pooled = self.body(pictures * 2 - 1).mean((2, 3))
+        return self.name_head(pooled), self.style_head(pooled)
+
+    @torch.no_grad()
+    def score(self, pictures: torch.Tensor, names: list[str], styles: list[str] | None = None) -> dict[str, float]:
+        """Shares of pictures whose name is first, and among the first five, and whose style is right."""
+        self.eval()
+        name_logits, style_logits = self(pictures)
+        wanted = torch.tensor([self.names.index(name) for name in names])
+        top5 = name_logits.topk(5).indices
+        scores = {
+            "name_top1": float((top5[:, 0] == wanted).float().mean()),
+            "name_top5": float((top5 == wanted[:, None]).any(1).float().mean()),
+        }
+        if styles is not None:
+            wanted = torch.tensor([self.styles.index(style) for style in styles])
+            scores["style"] = float((style_logits.argmax(-1) == wanted).float().mean())
+        return scores
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        save_file(tensors, folder / "judge.safetensors")
+        labels = {"names": self.names, "styles": self.styles, "image_size": self.image_size}
+        (folder / "judge.json").write_text(json.dumps(labels, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Judge":
+        labels = json.loads((Path(folder) / "judge.json").read_text())
+        judge = cls(**labels)
+        tensors = load_file(Path(folder) / "judge.safetensors")
+        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+        return judge.eval()

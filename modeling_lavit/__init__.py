@@ -1,0 +1,61 @@
+"""LaVIT for the Hugging Face Hub: importing this package registers everything with the Auto classes and pipelines."""
+
+from pathlib import Path as _Path
+
+
+# Lets a plain checkout work without being installed: its sibling folders are subpackages of this one.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "setup.py").is_file() and (_root / "processing" / "__init__.py").is_file():
+    __path__.append(str(_root))
+
+from transformers import AutoModelForMultimodalLM  # noqa: E402
+from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
+
+from .autoencoder_lavit import LavitPixelShuffleAutoencoder  # noqa: E402
+from .configuration_lavit import (  # noqa: E402
+    LavitConfig,
+    LavitDetokenizerConfig,
+    LavitVisualTokenizerConfig,
+    LavitVocabulary,
+)
+from .hub_lavit import load_without_flag, register_classes  # noqa: E402
+from .modeling_lavit import LavitForConditionalGeneration, LavitModel  # noqa: E402
+from .modeling_lavit_detokenizer import LavitDetokenizer  # noqa: E402
+from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer, LavitVisualTokens  # noqa: E402
+from .pipeline_lavit import LavitPipeline  # noqa: E402
+from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
+from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
+
+
+__version__ = "0.1.0"
+
+register_classes(
+    model=LavitModel,
+    generation_model=LavitForConditionalGeneration,
+    visual_tokenizer=LavitVisualTokenizer,
+    detokenizer=LavitDetokenizer,
+    image_processor=LavitImageProcessor,
+    processor=LavitProcessor,
+    pipeline=LavitPipeline,
+    vae=LavitPixelShuffleAutoencoder,
+)
+load_without_flag(LavitPipeline)
+PIPELINE_REGISTRY.register_pipeline(
+    "text-to-image", pipeline_class=LavitTextToImagePipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
+)
+
+__all__ = [
+    "LavitConfig",
+    "LavitDetokenizer",
+    "LavitDetokenizerConfig",
+    "LavitForConditionalGeneration",
+    "LavitImageProcessor",
+    "LavitModel",
+    "LavitPipeline",
+    "LavitProcessor",
+    "LavitTextToImagePipeline",
+    "LavitVisualTokenizer",
+    "LavitVisualTokenizerConfig",
+    "LavitVisualTokens",
+    "LavitVocabulary",
+]

@@ -1,0 +1,195 @@
+"""Configurations of the three models, and the one home of the id vocabulary.
+
+Defaults are the sizes of the official LaVIT-7B checkpoints (arXiv 2309.04669).
+"""
+
+from dataclasses import dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.pipelines import PIPELINE_REGISTRY
+
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SELECTIONS = ("sample", "argmax")
+# Where the Auto classes find the code in a saved folder. `PreTrainedModel.save_pretrained` would name only one of them.
+AUTO_MAP = {
+    "AutoConfig": "configuration_lavit.LavitConfig",
+    "AutoModel": "modeling_lavit.LavitModel",
+    "AutoModelForCausalLM": "modeling_lavit.LavitForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_lavit.LavitForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_lavit.LavitForConditionalGeneration",
+}
+
+
+@dataclass(frozen=True)
+class LavitVocabulary:
+    """What every id of the language model means: `text < [IMG] < [/IMG] < codes`.
+
+    Args:
+        text_vocab_size: number of text ids; `[IMG]` and `[/IMG]` follow right above them.
+        codebook_size: number of codes; code `k` has the id `visual_offset + k`.
+    """
+
+    text_vocab_size: int
+    codebook_size: int
+
+    @property
+    def boi_token_id(self) -> int:
+        """Id of `[IMG]`."""
+        return self.text_vocab_size
+
+    @property
+    def eoi_token_id(self) -> int:
+        """Id of `[/IMG]`."""
+        return self.text_vocab_size + 1
+
+    @property
+    def visual_offset(self) -> int:
+        """Id of code 0."""
+        return self.text_vocab_size + 2
+
+    @property
+    def size(self) -> int:
+        """Number of ids in all."""
+        return self.visual_offset + self.codebook_size
+
+
+@strict
+class LavitVisualTokenizerConfig(PreTrainedConfig):
+    """Configuration of [`LavitVisualTokenizer`]: encoder, selector, merger, quantizer (paper section 3.1).
+
+    Args:
+        hidden_size, intermediate_size: width of the encoder and the merger, and of their feed-forward layers.
+        num_hidden_layers, num_attention_heads: depth and heads of the encoder (EVA ViT-g).
+        image_size, patch_size: in pixels; `num_patches` follows.
+        layer_norm_eps: of the encoder only. Everything behind it uses `merger_layer_norm_eps`.
+        merger_num_hidden_layers, merger_num_attention_heads: depth and heads of the merger.
+        attention_epsilon: the merger's attention leak (spec: `1e-6` in official checkpoints). `0` makes computing the
+            kept tokens alone exact.
+        codebook_size, codebook_dim: number of codes and their dimension.
+        selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`) or `"argmax"`.
+        selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
+    """
+
+    model_type = "lavit_visual_tokenizer"
+    base_config_key = "visual_config"
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float | int = 1e-6
+    merger_num_hidden_layers: int = 12
+    merger_num_attention_heads: int = 16
+    merger_layer_norm_eps: float | int = 1e-5
+    attention_epsilon: float | int = 1e-6
+    codebook_size: int = 16384
+    codebook_dim: int = 32
+    selection: str = "sample"
+    selection_seed: int = 0
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@strict
+class LavitDetokenizerConfig(PreTrainedConfig):
+    """Configuration of [`LavitDetokenizer`]: visual codes to the conditions of a denoising UNet (paper section 3.1, Eq. 5).
+
+    Args:
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: of the decoder blocks.
+        num_queries: number of query tokens, and so of conditions; also the most codes that one image may have.
+        codebook_size, codebook_dim: as in the visual tokenizer whose codes are read.
+        feature_size: width of the reconstructed encoder features.
+        variant: `"highres"` (SDXL-shaped UNet: `prompt_embed_dims` concatenated, and a pooled embedding of
+            `pooled_embed_dim`) or `"lowres"` (SD-1.5-shaped UNet: `prompt_embed_dims` has one entry).
+        num_unconditional_tokens: lowres only: rows of the learnt unconditional embedding.
+    """
+
+    model_type = "lavit_detokenizer"
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_queries: int = 256
+    layer_norm_eps: float | int = 1e-5
+    codebook_size: int = 16384
+    codebook_dim: int = 32
+    feature_size: int = 1408
+    variant: str = "highres"
+    prompt_embed_dims: list[int] | tuple[int, ...] = (768, 1280)
+    pooled_embed_dim: int = 1280
+    num_unconditional_tokens: int = 77
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.variant not in ("highres", "lowres"):
+            raise ValueError(f"variant must be 'highres' or 'lowres', got {self.variant!r}")
+        if self.variant == "lowres" and len(self.prompt_embed_dims) != 1:
+            raise ValueError(f"the lowres variant has one entry in prompt_embed_dims, got {self.prompt_embed_dims}")
+        super().__post_init__(**kwargs)
+
+
+@strict
+class LavitConfig(PreTrainedConfig):
+    """Configuration of [`LavitModel`] and [`LavitForConditionalGeneration`] (paper section 3.2).
+
+    Args:
+        text_config: of the language model, any decoder with the shape of Llama. Its `vocab_size` counts text, `[IMG]`,
+            `[/IMG]` and codes, and may be padded above that.
+        visual_config: of the visual tokenizer.
+        text_vocab_size: number of text ids; all other ids follow from it, see [`LavitVocabulary`].
+        share_understanding_merger: whether reading pictures uses the visual tokenizer's merger (checkpoints trained
+            here) or one of its own (official checkpoints).
+        tie_word_embeddings: whether the LM head is the embedding matrix.
+    """
+
+    model_type = "lavit"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "visual_config": LavitVisualTokenizerConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    visual_config: dict | PreTrainedConfig | None = None
+    text_vocab_size: int = 32000
+    share_understanding_merger: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        default_language_model = self.text_config is None
+        if "text-to-image" in PIPELINE_REGISTRY.get_supported_tasks():
+            # the task of the imported package wins over a folder's code, as its models do
+            kwargs.pop("custom_pipelines", None)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        # the language model lifted out as a stock one reads its own config
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
+        needed = self.vocabulary.size
+        if default_language_model:
+            self.text_config.vocab_size = needed
+        if self.text_config.vocab_size < needed:
+            raise ValueError(
+                f"text_config.vocab_size is {self.text_config.vocab_size}, but {self.text_vocab_size} text ids, "
+                f"[IMG], [/IMG] and {self.visual_config.codebook_size} codes need {needed}"
+            )
+
+    @property
+    def vocabulary(self) -> LavitVocabulary:
+        return LavitVocabulary(self.text_vocab_size, self.visual_config.codebook_size)

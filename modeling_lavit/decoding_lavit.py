@@ -1,0 +1,213 @@
+"""How one id after the other is chosen: grammar of images, seeds, and the loop with batched guidance."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .configuration_lavit import LavitVocabulary
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def image_state(input_ids: torch.LongTensor, vocabulary: LavitVocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) ids -> inside (B,) bool, whether a row ends within an image; opened (B,), where its last `[IMG]` is."""
+    positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+    opened = (positions * (input_ids == vocabulary.boi_token_id)).amax(1)
+    closed = (positions * (input_ids == vocabulary.eoi_token_id)).amax(1)
+    return opened > closed, opened - 1
+
+
+class LavitGrammarLogitsProcessor(LogitsProcessor):
+    """Keeps sequences well formed: `[IMG] codes [/IMG]`, with a bounded number of codes, and text around images.
+
+    Inside an image only codes and `[/IMG]` are allowed; `[/IMG]` from `min_image_tokens` codes on, and nothing else
+    after `max_image_tokens` codes or where the sequence must end. Outside, only text ids and `[IMG]`, the latter while
+    an image of the least size still fits. What is inside follows from the ids alone, so beams and batches need no
+    bookkeeping.
+
+    Args:
+        vocabulary: meaning of the ids.
+        min_image_tokens, max_image_tokens: number of codes of an image.
+        max_length: number of ids of a finished sequence, the prompt included.
+    """
+
+    def __init__(self, vocabulary: LavitVocabulary, min_image_tokens: int, max_image_tokens: int, max_length: int):
+        self.vocabulary = vocabulary
+        self.min_image_tokens = min_image_tokens
+        self.max_image_tokens = max_image_tokens
+        self.max_length = max_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        vocabulary, length = self.vocabulary, input_ids.shape[1]
+        inside, opened = image_state(input_ids, vocabulary)
+        count = (length - 1 - opened).unsqueeze(1)
+        ids = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0)
+        is_code = (ids >= vocabulary.visual_offset) & (ids < vocabulary.size)
+        is_end = ids == vocabulary.eoi_token_id
+        must_close = (count >= self.max_image_tokens) | (length + 1 >= self.max_length)
+        may_close = (count >= self.min_image_tokens) | must_close
+        in_image = (is_code & ~must_close) | (is_end & may_close)
+        image_fits = length + 2 + max(self.min_image_tokens, 1) <= self.max_length
+        in_text = ids < vocabulary.boi_token_id + int(image_fits)
+        return scores.masked_fill(~torch.where(inside.unsqueeze(1), in_image, in_text), float("-inf"))
+
+
+def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
+    """One generator per drawn row.
+
+    A list is taken as it is. A single generator is used directly for one row; for more rows it draws one seed per row,
+    in order, and each row gets a generator of its own with that seed. None means fresh entropy. The global generators
+    of torch are never read or written.
+
+    Raises:
+        ValueError: a list of another length.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) != rows:
+            raise ValueError(
+                f"{len(generator)} generators were given for {rows} rows: give one generator, or one for each prompt "
+                "and each of its num_return_sequences draws"
+            )
+        return list(generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    if rows == 1:
+        return [generator]
+    seeds = torch.randint(2**63 - 1, (rows,), generator=generator, device=generator.device).tolist()
+    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+
+
+def draw(probabilities: torch.Tensor, generators: list[torch.Generator]) -> torch.LongTensor:
+    """(B, V) probabilities -> (B,) ids, each row by inverting its distribution at one uniform number of its generator.
+
+    One number per row and step makes a row independent of its batch, of V and of the device of the generator.
+    """
+    uniform = torch.stack([torch.rand((1,), generator=one, device=one.device).cpu() for one in generators])
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, uniform.to(cumulative) * total, right=True)
+    # rounding can carry the number up to the total: the last id that has a probability
+    return ids.minimum((cumulative < total).sum(-1, keepdim=True)).squeeze(1)
+
+
+class LavitDecodingLoop:
+    """Greedy search or sampling with batched guidance, as a `custom_generate` of `GenerationMixin.generate`.
+
+    With guidance the rows are `[conditional; unconditional]`, left padded together, and one forward serves both. The
+    unconditional stream of an image begins with its `[IMG]` at position 0 and sees nothing before it. Scores (paper
+    section 4.1, classifier-free guidance), wherever a row is inside an image: `log_softmax(u) + scale ·
+    (log_softmax(c) - log_softmax(u))`.
+
+    Args:
+        vocabulary: meaning of the ids.
+        pad_token_id: fed to and returned for finished rows.
+        guidance_scale: None for a single stream.
+        generators: one per row; None for greedy search. A single generator in `joint_generator` instead draws all rows
+            with one `torch.multinomial`, as the reference does.
+        streamer: gets the prompt and then every step's ids.
+    """
+
+    def __init__(
+        self,
+        vocabulary: LavitVocabulary,
+        pad_token_id: int,
+        guidance_scale: float | None = None,
+        generators: list[torch.Generator] | None = None,
+        joint_generator: torch.Generator | None = None,
+        streamer: BaseStreamer | None = None,
+        restart_unconditional: bool = False,
+    ):
+        self.vocabulary = vocabulary
+        self.pad_token_id = pad_token_id
+        self.guidance_scale = guidance_scale
+        self.generators = generators
+        self.joint_generator = joint_generator
+        self.streamer = streamer
+        self.restart_unconditional = restart_unconditional
+
+    def __call__(
+        self,
+        model,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs,
+    ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+        guided = self.guidance_scale is not None
+        rows = input_ids.shape[0] // 2 if guided else input_ids.shape[0]
+        unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+        forward = model.__call__
+        if model._valid_auto_compile_criteria(model_kwargs, generation_config):
+            forward = model.get_compiled_call(generation_config.compile_config)
+        if guided and model_kwargs.get("attention_mask") is None:
+            model_kwargs["attention_mask"] = torch.ones_like(input_ids)
+        all_scores, all_logits = [], []
+        if self.streamer is not None:
+            self.streamer.put(input_ids[:rows].cpu())
+
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        while True:
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            del outputs
+            sequences = input_ids[:rows]
+            scores = logits_processor(sequences, self._guide(logits, sequences) if guided else logits)
+            if generation_config.output_scores:
+                all_scores.append(scores)
+            if generation_config.output_logits:
+                all_logits.append(logits)
+            ids = torch.where(unfinished, self._choose(scores, generation_config.do_sample), self.pad_token_id)
+            if self.streamer is not None:
+                self.streamer.put(ids.cpu())
+            input_ids = torch.cat([input_ids, (ids.repeat(2) if guided else ids).unsqueeze(1)], dim=1)
+            unfinished = unfinished & ~stopping_criteria(input_ids[:rows], scores)
+            if not unfinished.any():
+                break
+            if guided and self.restart_unconditional:
+                self._restart_unconditional(ids, model_kwargs)
+            next_length = 1 if model_kwargs["use_cache"] else None
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=next_length, **model_kwargs)
+            outputs = forward(**inputs, return_dict=True)
+
+        if self.streamer is not None:
+            self.streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return input_ids[:rows]
+        return GenerateDecoderOnlyOutput(
+            sequences=input_ids[:rows],
+            scores=tuple(all_scores) if generation_config.output_scores else None,
+            logits=tuple(all_logits) if generation_config.output_logits else None,
+            past_key_values=model_kwargs.get("past_key_values"),
+        )
+
+    def _guide(self, logits: torch.Tensor, sequences: torch.LongTensor) -> torch.Tensor:
+        conditional, unconditional = logits.log_softmax(-1).chunk(2)
+        guided = unconditional + self.guidance_scale * (conditional - unconditional)
+        # ids outside the computed range are -inf in both streams, their difference is no number
+        guided = guided.masked_fill(conditional.isneginf(), float("-inf"))
+        if self.restart_unconditional:
+            inside, _ = image_state(sequences, self.vocabulary)
+            guided = torch.where(inside.unsqueeze(1), guided, conditional)
+        return guided
+
+    def _choose(self, scores: torch.Tensor, do_sample: bool) -> torch.LongTensor:
+        if not do_sample:
+            return scores.argmax(-1)
+        probabilities = scores.softmax(-1)
+        if self.joint_generator is not None:
+            return torch.multinomial(probabilities, 1, generator=self.joint_generator).squeeze(1)
+        return draw(probabilities, self.generators)
+
+    def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
+        """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""
+        begins = (ids == self.vocabulary.boi_token_id).unsqueeze(1)
+        mask, positions = model_kwargs["attention_mask"].clone(), model_kwargs["position_ids"].clone()
+        mask[len(ids) :, :-1].masked_fill_(begins, 0)
+        positions[len(ids) :, -1:].masked_fill_(begins, 0)
+        model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, positions

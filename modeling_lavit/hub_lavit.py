@@ -1,0 +1,206 @@
+"""One folder, or repository, that transformers and diffusers load: with this package installed and without it.
+
+    config.json model.safetensors tokenizer.json processor_config.json ...   transformers' files
+    model_index.json detokenizer/ unet/ vae/ scheduler/                      diffusers' files
+    *.py                                                                     the code, flat
+    README.md                                                                the model card
+
+How the code is found. transformers reads `auto_map` (and `custom_pipelines`) of its config files. diffusers runs the
+entry file that `model_index.json` names. That file imports every other one, because diffusers copies only what it imports,
+and makes the classes known to both libraries under their own names, as importing the package does. So no code is needed in
+the components' folders, and the model and the processor can stay at the root.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import transformers
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+# components that live in the folder itself, not in a folder of their own
+AT_ROOT = ("processor", "model")
+ENTRY = "hub_entry_lavit"
+CARD = "model_card_lavit"
+GENERATION_AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
+TEXT_TO_IMAGE = {
+    "impl": "pipeline_text_to_image.LavitTextToImagePipeline",
+    "pt": ["AutoModelForMultimodalLM"],
+    "type": "multimodal",
+}
+
+
+def register_classes(
+    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, vae
+):
+    """Makes the classes known to the Auto classes, to `save_pretrained`, which then copies their code, and to diffusers."""
+    for model_class in (model, visual_tokenizer, detokenizer):
+        config_class = model_class.config_class
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        transformers.AutoModel.register(config_class, model_class, exist_ok=True)
+        config_class.register_for_auto_class()
+        model_class.register_for_auto_class("AutoModel")
+    config_class = generation_model.config_class
+    for auto_class in GENERATION_AUTO_CLASSES:
+        getattr(transformers, auto_class).register(config_class, generation_model, exist_ok=True)
+    generation_model.register_for_auto_class(GENERATION_AUTO_CLASSES[0])
+    transformers.AutoImageProcessor.register(
+        config_class, image_processor_classes={"pil": image_processor}, exist_ok=True
+    )
+    transformers.AutoProcessor.register(config_class, processor, exist_ok=True)
+    image_processor.register_for_auto_class()
+    processor.register_for_auto_class()
+    # diffusers looks the components' classes up in the two libraries
+    for library, classes in ((transformers, (generation_model, detokenizer, processor)), (diffusers, (pipeline, vae))):
+        for known in classes:
+            setattr(library, known.__name__, known)
+
+
+def load_without_flag(pipeline):
+    """Lets `DiffusionPipeline.from_pretrained(folder)` use `pipeline`, which is imported, not the folder's copy.
+
+    transformers' Auto classes have this rule (a registered class wins over a repository's code); diffusers has no
+    registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
+    """
+    read = diffusers.DiffusionPipeline._dict_from_json_file.__func__
+
+    def _dict_from_json_file(cls, json_file):
+        config = read(cls, json_file)
+        is_ours = config.get("_class_name") == [ENTRY, pipeline.__name__]
+        return {**config, "_class_name": pipeline.__name__} if is_ours else config
+
+    diffusers.DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
+
+
+def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max_shard_size: int | str | None = None):
+    """Writes everything a pipeline is made of, see the top of this file."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; a pipeline is saved as a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {"_class_name": [ENTRY, type(pipe).__name__], "_diffusers_version": diffusers.__version__}
+    code = _code_of(type(pipe))
+    code.add(Path(sys.modules[type(pipe).__module__].__file__).with_name("pipeline_text_to_image.py"))
+    for name, component in pipe.components.items():
+        if component is None:
+            index[name] = [None, None]
+            continue
+        component = getattr(component, "_orig_mod", component)
+        sizes = {"max_shard_size": max_shard_size} if max_shard_size is not None else {}
+        options = {"variant": variant, **sizes} if hasattr(component, "state_dict") else {}
+        component.save_pretrained(folder if name in AT_ROOT else folder / name, **options)
+        is_diffusers = isinstance(component, diffusers.ConfigMixin)
+        index[name] = ["diffusers" if is_diffusers else "transformers", type(component).__name__]
+        code |= _code_of(type(component))
+    code |= _code_of(type(pipe.processor.image_processor))
+
+    parameters = {name: value for name, value in pipe.config.items() if name not in index and not name.startswith("_")}
+    _write_json(folder / "model_index.json", {**index, **parameters})
+    for file in code:
+        shutil.copyfile(file, folder / file.name)
+    (folder / f"{ENTRY}.py").write_text(_entry(pipe, code))
+    (folder / f"{CARD}.py").write_text(f'"""The template of README.md."""\n\nTEMPLATE = {card_template()!r}\n')
+    config = json.loads((folder / "config.json").read_text())
+    config["custom_pipelines"] = {"text-to-image": TEXT_TO_IMAGE}
+    _write_json(folder / "config.json", config)
+    model_card(pipe).save(folder / "README.md")
+
+
+def push_folder(
+    source: str | os.PathLike | Callable[[str], None],
+    repo_id: str,
+    commit_message: str = "Upload LaVIT",
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a folder, or what `source(folder)` writes into an empty one; the repository is created if there is none.
+
+    Returns:
+        The URL of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as temporary:
+        if callable(source):
+            source(temporary)
+            source = temporary
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=source, commit_message=commit_message, create_pr=create_pr
+        )
+    return commit.commit_url
+
+
+def card_template() -> str:
+    """The text of `model_card.md`."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "model_card.md", here.parent / "model_card.md"):
+        if path.is_file():
+            return path.read_text()
+    # this code runs from a saved folder
+    return importlib.import_module(f".{CARD}", __package__).TEMPLATE
+
+
+def model_card(pipe) -> ModelCard:
+    """The README of a pipeline's repository, from `model_card.md`."""
+    config, height_width = pipe.model.config, pipe.default_size
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="any-to-any",
+            tags=["lavit", "text-to-image", "image-text-to-text", "diffusers:LavitPipeline"],
+        ),
+        template_str=card_template(),
+        parameters=f"{sum(p.numel() for p in pipe.model.parameters()) / 1e6:,.1f} M",
+        codebook_size=config.visual_config.codebook_size,
+        num_patches=config.visual_config.num_patches,
+        input_size=config.visual_config.image_size,
+        height=height_width[0],
+        width=height_width[1],
+        steps=pipe.config.default_num_inference_steps,
+        aspect_ratios=", ".join(pipe.config.aspect_ratios),
+    )
+
+
+def _code_of(cls: type) -> set[Path]:
+    """The file of a class of ours and all files that it imports; nothing for classes of the libraries."""
+    if cls.__module__.split(".")[0] in ("diffusers", "transformers"):
+        return set()
+    file = sys.modules[cls.__module__].__file__
+    return {Path(path) for path in (file, *get_relative_import_files(file))}
+
+
+def _entry(pipe, code: set[Path]) -> str:
+    """The file that diffusers runs first in a process without the package."""
+    classes = {
+        "generation_model": type(pipe.model),
+        "model": type(pipe.model.model),
+        "visual_tokenizer": type(pipe.model.model.visual_tokenizer),
+        "detokenizer": type(pipe.detokenizer),
+        "image_processor": type(pipe.processor.image_processor),
+        "processor": type(pipe.processor),
+        "pipeline": type(pipe),
+        "vae": type(pipe.vae),
+    }
+    lines = ['"""Where diffusers begins: it copies what this file imports, and finds what is registered here."""', ""]
+    for stem in sorted({file.stem for file in code} | {CARD}):
+        lines.append(f"from .{stem} import __doc__ as _")
+    for cls in classes.values():
+        library = cls.__module__.split(".")[0]
+        module = library if library in ("diffusers", "transformers") else "." + cls.__module__.split(".")[-1]
+        lines.append(f"from {module} import {cls.__name__}")
+    lines.append("from .hub_lavit import register_classes")
+    arguments = "".join(f"    {name}={cls.__name__},\n" for name, cls in classes.items())
+    return "\n".join(lines) + f"\n\n\nregister_classes(\n{arguments})\n"
+
+
+def _write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,140 @@
+"""The block that merger and detokenizer are made of: self attention, cross attention, feed-forward.
+
+Legend: B images, R rows (queries), K keys, N patches, C width, H heads, D = C / H.
+"""
+
+import torch
+import torch.nn as nn
+from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Softmax attention (B, H, R, D) by explicit matrix products; returns (B, R, H, D) and the weights."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def leaky_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    allowed: torch.Tensor,
+    epsilon: float,
+) -> torch.Tensor:
+    """The merger's attention, differentiable with respect to `allowed`.
+
+    With `e = allowed · exp(a - max_j a)`, the maximum taken over *all* keys, and `S` the sum of `e` over the keys, a row is
+    `(e v + epsilon · mean(v)) / (S + epsilon)`. Without epsilon, a row that may see nothing is zero.
+
+    Args:
+        query: (B, H, R, D). key, value: (B, H, K, D).
+        allowed: (B, 1, R or 1, K), one where a key may be seen, zero elsewhere.
+
+    Returns:
+        (B, R, H, D).
+    """
+    logits = (torch.matmul(query, key.transpose(2, 3)) * scaling).float()
+    weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * allowed
+    total = weights.sum(-1, keepdim=True) + epsilon
+    hidden = torch.matmul(weights.to(value.dtype), value) + epsilon * value.mean(2, keepdim=True)
+    return (hidden / total.clamp_min(torch.finfo(torch.float32).tiny)).to(value.dtype).transpose(1, 2)
+
+
+class LavitAttention(nn.Module):
+    """Multi-head attention, of a sequence to itself (`qkv` in one matrix) or to a context."""
+
+    is_causal = False
+
+    def __init__(self, config: PreTrainedConfig, num_heads: int, epsilon: float, is_cross_attention: bool):
+        super().__init__()
+        width = config.hidden_size
+        if width % num_heads:
+            raise ValueError(f"hidden_size {width} is not a multiple of the number of attention heads {num_heads}")
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = (width // num_heads) ** -0.5
+        self.epsilon = epsilon
+        if is_cross_attention:
+            self.query = nn.Linear(width, width)
+            self.key = nn.Linear(width, width)
+            self.value = nn.Linear(width, width)
+        else:
+            self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor | None = None,
+        allowed: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (B, R, C).
+            context: (B, K, C); the sequence itself when None.
+            allowed: (B, 1, R or 1, K) multiplicative mask, see [`leaky_attention`].
+            attention_mask: (B, 1, R or 1, K) additive mask.
+        """
+        if context is None:
+            projected = self.qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projected = self.query(hidden_states), self.key(context), self.value(context)
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        if allowed is not None and (self.epsilon or allowed.requires_grad):
+            attended = leaky_attention(query, key, value, self.scaling, allowed, self.epsilon)
+        else:
+            if allowed is not None:
+                attention_mask = (1 - allowed.to(query.dtype)) * torch.finfo(query.dtype).min
+                attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            attended, _ = attention_interface(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+            if allowed is not None:
+                attended = attended * allowed.amax(-1).transpose(1, 2)[..., None].to(attended.dtype)
+        return self.projection(attended.flatten(2))
+
+
+class LavitMLP(nn.Module):
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = nn.GELU()
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class LavitLayer(GradientCheckpointingLayer):
+    """Self attention, cross attention to a fixed context, feed-forward; pre-norm, residual (paper section 3.1)."""
+
+    def __init__(self, config: PreTrainedConfig, num_heads: int, layer_norm_eps: float, epsilon: float):
+        super().__init__()
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=layer_norm_eps)
+        self.self_attn = LavitAttention(config, num_heads, epsilon, is_cross_attention=False)
+        self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=layer_norm_eps)
+        self.cross_attn = LavitAttention(config, num_heads, epsilon, is_cross_attention=True)
+        self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=layer_norm_eps)
+        self.mlp = LavitMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context: torch.Tensor,
+        self_allowed: torch.Tensor | None = None,
+        cross_allowed: torch.Tensor | None = None,
+        cross_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.self_attn_layer_norm(hidden_states), allowed=self_allowed)
+        hidden_states = hidden_states + self.cross_attn(
+            self.cross_attn_layer_norm(hidden_states), context, cross_allowed, cross_attention_mask
+        )
+        return hidden_states + self.mlp(self.mlp_layer_norm(hidden_states))

@@ -1,0 +1,295 @@
+"""The dynamic visual tokenizer: encode, select, merge, quantize (arXiv 2309.04669, section 3.1).
+
+Legend: B images, N patches, C width, K codes in the codebook, D their dimension, n kept patches of one image.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import Blip2VisionConfig, Blip2VisionModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_lavit import SELECTIONS, LavitVisualTokenizerConfig
+from .layers_lavit import LavitLayer
+from .loading_lavit import StrictLoadingMixin
+
+
+@dataclass
+class LavitVisualTokens(ModelOutput):
+    """Discrete visual tokens of a batch of images.
+
+    Args:
+        codes: (sum of lengths,) int64, the images' codes one after the other, `0 … K-1`.
+        lengths: (B,) int64, number of codes of each image.
+        keep_mask: (B, N) bool, which patches were kept; None for codes that a language model wrote.
+        keep_logprobs: (B, N) float32, log-probability of keeping each patch; None likewise.
+    """
+
+    codes: torch.LongTensor | None = None
+    lengths: torch.LongTensor | None = None
+    keep_mask: torch.BoolTensor | None = None
+    keep_logprobs: torch.FloatTensor | None = None
+
+    def split(self) -> tuple[torch.LongTensor, ...]:
+        """The codes of each image, a 1-D tensor each."""
+        return self.codes.split(self.lengths.tolist())
+
+
+@dataclass
+class LavitVisualFeatures(ModelOutput):
+    """Continuous merged features of a batch of images, what the language model reads.
+
+    Args:
+        features: (sum of lengths, C).
+        lengths, keep_mask, keep_logprobs: as in [`LavitVisualTokens`].
+    """
+
+    features: torch.FloatTensor | None = None
+    lengths: torch.LongTensor | None = None
+    keep_mask: torch.BoolTensor | None = None
+    keep_logprobs: torch.FloatTensor | None = None
+
+    def split(self) -> tuple[torch.FloatTensor, ...]:
+        """The features of each image, (n, C) each."""
+        return self.features.split(self.lengths.tolist())
+
+
+def build_encoder(config: LavitVisualTokenizerConfig) -> Blip2VisionModel:
+    """EVA ViT-g, which is BLIP-2's vision model; LaVIT reads it before the post norm."""
+    return Blip2VisionModel(
+        Blip2VisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.layer_norm_eps,
+            qkv_bias=True,
+            hidden_act="gelu",
+            attn_implementation=config._attn_implementation,
+        )
+    )
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Standard Gumbel noise, float32, on the generator's device."""
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    tiny = torch.finfo(torch.float32).tiny
+    return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+
+
+class LavitTokenSelector(nn.Module):
+    """Log-probabilities of keeping and dropping each patch, from its own features and the mean of all."""
+
+    def __init__(self, config: LavitVisualTokenizerConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.norm = nn.LayerNorm(width, eps=config.merger_layer_norm_eps)
+        self.in_proj = nn.Linear(width, width)
+        self.hidden_proj1 = nn.Linear(width, width // 2)
+        self.hidden_proj2 = nn.Linear(width // 2, width // 4)
+        self.out_proj = nn.Linear(width // 4, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) to (B, N, 2) float32; index 0 is "keep"."""
+        hidden = F.gelu(self.in_proj(self.norm(features.to(self.norm.weight.dtype))))
+        local_half, global_half = hidden.chunk(2, dim=-1)
+        hidden = torch.cat([local_half, global_half.mean(1, keepdim=True).expand_as(global_half)], dim=-1)
+        hidden = F.gelu(self.hidden_proj1(hidden))
+        hidden = F.gelu(self.hidden_proj2(hidden))
+        return F.log_softmax(self.out_proj(hidden).float(), dim=-1)
+
+
+class LavitTokenMerger(nn.Module):
+    """Merges the dropped patches into the kept ones: causal self attention among kept patches, cross attention to dropped ones.
+
+    Where `attention_epsilon` is 0 no kept row depends on the row of a dropped patch, and kept rows alone are computed.
+    """
+
+    def __init__(self, config: LavitVisualTokenizerConfig):
+        super().__init__()
+        self.config = config
+        eps = config.merger_layer_norm_eps
+        self.context_norm = nn.LayerNorm(config.hidden_size, eps=eps)
+        self.layers = nn.ModuleList(
+            LavitLayer(config, config.merger_num_attention_heads, eps, config.attention_epsilon)
+            for _ in range(config.merger_num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=eps)
+
+    def forward(self, features: torch.Tensor, keep_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            features: (B, N, C) of the encoder.
+            keep_mask: (B, N), one where a patch is kept; a float mask passes gradients to whoever made it.
+
+        Returns:
+            (sum of kept, C), the kept rows in order, image after image.
+        """
+        kept = keep_mask.bool()
+        mask = keep_mask if keep_mask.is_floating_point() else kept.to(features.dtype)
+        context = self.context_norm(features)
+        cross_allowed = 1 - mask[:, None, None]
+        if self.config.attention_epsilon:
+            rows, hidden_states = kept, features
+            diagonal = torch.eye(features.shape[1], dtype=mask.dtype, device=mask.device)
+            self_allowed = torch.maximum(mask[:, None, None] * torch.ones_like(diagonal).tril(), diagonal)
+        else:
+            order = kept.int().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
+            rows = kept.gather(1, order)
+            hidden_states = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
+            causal = torch.ones(order.shape[1], order.shape[1], dtype=mask.dtype, device=mask.device).tril()
+            self_allowed = mask.gather(1, order)[:, None, None] * causal
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, context, self_allowed, cross_allowed)
+        return self.norm(hidden_states[rows])
+
+
+class LavitQuantizer(nn.Module):
+    """Projects merged features to the codebook's space and takes the nearest code (paper Eq. 3)."""
+
+    def __init__(self, config: LavitVisualTokenizerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.hidden_size)
+        self.fc2 = nn.Linear(config.hidden_size, config.codebook_dim)
+        self.codebook = nn.Embedding(config.codebook_size, config.codebook_dim)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Merged features (…, C) to the codebook's space (…, D)."""
+        return self.fc2(torch.tanh(self.fc1(features)))
+
+    def nearest(self, projected: torch.Tensor) -> torch.Tensor:
+        """(…, D) to the codes (…,) nearest to its unit vector; distances in float32, the lowest code wins a tie."""
+        unit = F.normalize(projected.float(), dim=-1, eps=1e-12)
+        codebook = self.codebook.weight.float()
+        return (codebook.pow(2).sum(-1) - 2 * unit @ codebook.T).argmin(-1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Merged features (…, C) to codes (…,) int64."""
+        return self.nearest(self.project(features))
+
+
+class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
+    """Pictures to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
+
+    The same picture gives the same codes in every batch, unless noise, a generator or another selection is asked for.
+    """
+
+    config_class = LavitVisualTokenizerConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LavitLayer"]
+    _keep_in_fp32_modules_strict = ["codebook"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: LavitVisualTokenizerConfig):
+        super().__init__(config)
+        self.encoder = build_encoder(config)
+        self.selector = LavitTokenSelector(config)
+        self.merger = LavitTokenMerger(config)
+        self.quantizer = LavitQuantizer(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LavitQuantizer):
+            init.normal_(module.codebook.weight)
+            init.copy_(module.codebook.weight, F.normalize(module.codebook.weight, dim=-1))
+
+    def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) normalised pixels to the features (B, N, C) of the encoder's last block, without its post norm."""
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        embeddings = self.encoder.embeddings(pixel_values.to(self.encoder.dtype))
+        return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
+
+    def select(
+        self,
+        features: torch.Tensor,
+        selection: str | None = None,
+        keep_ratio: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        gumbel_noise: torch.Tensor | None = None,
+    ) -> tuple[torch.BoolTensor, torch.Tensor]:
+        """Decides which patches are kept; at least one of every image.
+
+        Args:
+            features: (B, N, C) of the encoder.
+            selection: `"sample"` or `"argmax"`; the config's when None.
+            keep_ratio: share of the patches to keep, the most probable ones, whatever `selection` says.
+            generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image gets the
+                noise of `config.selection_seed`.
+            gumbel_noise: (B, N, 2), used instead of a draw.
+
+        Returns:
+            keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
+        """
+        selection = selection or ("sample" if generator is not None or gumbel_noise is not None else self.config.selection)
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {SELECTIONS}, got {selection!r}")
+        log_probs = self.selector(features)
+        batch, patches, _ = log_probs.shape
+        if keep_ratio is not None:
+            if not 0 < keep_ratio <= 1:
+                raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+            scores = log_probs[..., 0] - log_probs[..., 1]
+            best = scores.topk(max(1, round(keep_ratio * patches)), dim=1).indices
+            return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True), log_probs
+        scores = log_probs
+        if selection == "sample":
+            if gumbel_noise is None:
+                gumbel_noise = self._draw_noise(batch, patches, generator)
+            if gumbel_noise.shape != log_probs.shape:
+                raise ValueError(f"gumbel_noise must be {tuple(log_probs.shape)}, got {tuple(gumbel_noise.shape)}")
+            scores = log_probs + gumbel_noise.to(log_probs)
+        margin = scores[..., 0] - scores[..., 1]
+        keep = margin >= 0
+        best = F.one_hot(margin.argmax(1), patches).bool()
+        return keep | (best & ~keep.any(1, keepdim=True)), log_probs
+
+    def _draw_noise(self, batch: int, patches: int, generator) -> torch.Tensor:
+        if generator is None:
+            noise = gumbel((1, patches, 2), torch.Generator().manual_seed(self.config.selection_seed))
+            return noise.expand(batch, -1, -1)
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch
+        if len(generators) != batch:
+            raise ValueError(f"{len(generators)} generators were given for {batch} images")
+        return torch.cat([gumbel((1, patches, 2), one) for one in generators])
+
+    def encode(
+        self, pixel_values: torch.Tensor, merger: LavitTokenMerger | None = None, **selection_kwargs
+    ) -> LavitVisualFeatures:
+        """Continuous features of the kept patches.
+
+        Args:
+            pixel_values: (B, 3, S, S), normalised.
+            merger: another merger than the tokenizer's own (the language model's, for reading).
+            selection_kwargs: see [`select`].
+        """
+        features = self.encode_patches(pixel_values)
+        keep_mask, log_probs = self.select(features, **selection_kwargs)
+        merged = (merger or self.merger)(features, keep_mask)
+        return LavitVisualFeatures(merged, keep_mask.sum(1), keep_mask, log_probs[..., 0])
+
+    def tokenize(self, pixel_values: torch.Tensor, **selection_kwargs) -> LavitVisualTokens:
+        """Discrete codes of the kept patches.
+
+        Args:
+            pixel_values: (B, 3, S, S), normalised.
+            selection_kwargs: see [`select`].
+        """
+        encoded = self.encode(pixel_values, **selection_kwargs)
+        codes = self.quantizer(encoded.features)
+        return LavitVisualTokens(codes, encoded.lengths, encoded.keep_mask, encoded.keep_logprobs)
+
+    def forward(self, pixel_values: torch.Tensor, **selection_kwargs) -> LavitVisualTokens:
+        return self.tokenize(pixel_values, **selection_kwargs)

@@ -1,0 +1,87 @@
+"""The transformers task "text-to-image": `pipeline("text-to-image", model=folder_or_repository)`."""
+
+import os
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+from transformers import Pipeline
+
+
+class LavitTextToImagePipeline(Pipeline):
+    """Draws pictures from prompts of text and pictures.
+
+    ```python
+    draw = pipeline("text-to-image", model=path)
+    draw("a red apple")                                # a PIL image
+    draw(["a cat", "a dog"])                           # a list of them
+    draw([picture, "it is running in the snow"])       # one multimodal prompt; a batch of them is a list of lists
+    draw("a red apple", num_images_per_prompt=4)       # four images for each prompt
+    ```
+
+    All keyword arguments of a call are those of [`LavitPipeline`], which does the work: `draw.decoder` is one. It
+    shares `model` and `processor`, and loads the other components from where the model was loaded.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _pipeline_calls_generate = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        source = self.model.name_or_path
+        if not source:
+            raise ValueError(
+                "text-to-image needs the folder or repository of the other components: pass it as `model`, "
+                "or use LavitPipeline with components"
+            )
+        self.decoder = DiffusionPipeline.from_pretrained(
+            source,
+            model=self.model,
+            processor=self.processor,
+            dtype=self.model.dtype,
+            revision=getattr(self.model.config, "_commit_hash", None),
+            # where this very code came from the folder, its user has agreed to that
+            trust_remote_code=__name__.startswith("transformers_modules."),
+        ).to(self.device)
+
+    def __call__(self, prompt: str | Image.Image | list, **kwargs) -> Image.Image | list:
+        """See the class.
+
+        Args:
+            prompt: a string, a picture, a list of both (one prompt), a list of strings or of lists (a batch).
+            kwargs: of [`LavitPipeline`].
+
+        Returns:
+            A PIL image for each prompt (a list of them with `num_images_per_prompt`), in a list if `prompt` is a batch.
+        """
+        is_batch = isinstance(prompt, list) and (
+            all(isinstance(part, str) for part in prompt) or all(isinstance(part, list) for part in prompt)
+        )
+        # a dictionary is one item to the base class, so that the whole batch is drawn at once
+        images = super().__call__({"prompt": prompt}, **kwargs)
+        count = kwargs.get("num_images_per_prompt", 1)
+        if count > 1:
+            images = [images[start : start + count] for start in range(0, len(images), count)]
+        return images if is_batch else images[0]
+
+    def _sanitize_parameters(self, **kwargs):
+        return {}, kwargs, {}
+
+    def preprocess(self, inputs: dict) -> dict:
+        return inputs
+
+    def _forward(self, inputs: dict, **kwargs) -> dict:
+        return {"images": self.decoder(inputs["prompt"], **kwargs).images}
+
+    def postprocess(self, outputs: dict) -> list:
+        return outputs["images"]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """Saves all components, see [`LavitPipeline.save_pretrained`]."""
+        self.decoder.save_pretrained(save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Uploads all components, see [`LavitPipeline.push_to_hub`]."""
+        return self.decoder.push_to_hub(repo_id, **kwargs)

@@ -1,0 +1,108 @@
+"""Pictures with a name and a style: loading, held in memory at the model's size, and batch augmentation."""
+
+import torch
+import torch.nn.functional as F
+from datasets import load_dataset
+
+from ..configuration_lavit import IMAGE_MEAN, IMAGE_STD
+from ..processing import LavitImageProcessor
+
+
+class PictureDataset(torch.utils.data.Dataset):
+    """An image folder (`metadata.jsonl` with `name`, `style`, `split`) decoded once to uint8 tensors.
+
+    Args:
+        folder: image folder that `datasets` reads.
+        image_size: side in pixels to which the image processor resizes.
+        splits: values of the `split` column to keep.
+
+    Items are `{"index": (), "pictures": (3, S, S) uint8, "name": (), "style": ()}`, `name` and `style` being indices into
+    `names` and `styles`, which list those of the whole folder whatever the split.
+    """
+
+    def __init__(self, folder: str, image_size: int, splits: tuple[str, ...] = ("train",)):
+        rows = load_dataset("imagefolder", data_dir=folder, split="train")
+        self.names = sorted(set(rows["name"]))
+        self.styles = sorted(set(rows["style"]))
+        wanted = [i for i, split in enumerate(rows["split"]) if split in splits]
+        if not wanted:
+            raise ValueError(f"{folder} has no picture whose split is one of {splits}")
+        rows = rows.select(wanted)
+        self.split = list(rows["split"])
+        processor = LavitImageProcessor(
+            size={"height": image_size, "width": image_size}, do_normalize=False, do_rescale=False
+        )
+        name_index = {name: i for i, name in enumerate(self.names)}
+        style_index = {style: i for i, style in enumerate(self.styles)}
+        self.name = torch.tensor([name_index[name] for name in rows["name"]])
+        self.style = torch.tensor([style_index[style] for style in rows["style"]])
+        self.pictures = torch.cat(
+            [
+                processor(images=[row["image"]], return_tensors="pt")["pixel_values"].round().to(torch.uint8)
+                for row in rows
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {
+            "index": torch.tensor(index),
+            "pictures": self.pictures[index],
+            "name": self.name[index],
+            "style": self.style[index],
+        }
+
+
+def augment(
+    pictures: torch.Tensor,
+    share: float = 0.9,
+    scale: float = 0.15,
+    shift: float = 0.1,
+    rotation: float = 0.15,
+    tint: float = 0.1,
+    flip: float = 0.3,
+) -> torch.Tensor:
+    """Random affine maps on a white ground, mirror images and colour casts.
+
+    Args:
+        pictures: (B, 3, S, S) in [0, 1].
+        share: probability that a picture is changed at all.
+        scale, shift, rotation, tint: largest relative zoom, shift (share of the side), rotation (radians), gain a channel.
+        flip: probability of a mirror image.
+
+    Returns:
+        (B, 3, S, S) in [0, 1].
+    """
+    batch = len(pictures)
+
+    def uniform(*shape):
+        return torch.rand(*shape, device=pictures.device) * 2 - 1
+
+    active = (torch.rand(batch, device=pictures.device) < share).float()
+    zoom = 1 + scale * uniform(batch, 2) * active[:, None]
+    mirror = 1 - 2 * ((torch.rand(batch, device=pictures.device) < flip).float() * active)
+    angle = rotation * uniform(batch) * active
+    theta = torch.zeros(batch, 2, 3, device=pictures.device)
+    theta[:, 0, 0] = angle.cos() * zoom[:, 0] * mirror
+    theta[:, 0, 1] = -angle.sin() * zoom[:, 1]
+    theta[:, 1, 0] = angle.sin() * zoom[:, 0] * mirror
+    theta[:, 1, 1] = angle.cos() * zoom[:, 1]
+    theta[:, :, 2] = 2 * shift * uniform(batch, 2) * active[:, None]
+    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
+    moved = 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
+    ink = 1 - moved
+    gain = 1 + tint * uniform(batch, 3, 1, 1) * active[:, None, None, None]
+    return (1 - ink * gain).clamp(0, 1)
+
+
+def normalize_pictures(pictures: torch.Tensor) -> torch.Tensor:
+    """(B, 3, S, S) in [0, 1] to the encoder's `pixel_values`, as the image processor does it."""
+    mean, std = (pictures.new_tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+    return (pictures - mean) / std
+
+
+def patchify(pictures: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, 3, S, S) to (B, N, 3·p²), patches in row-major order."""
+    return F.pixel_unshuffle(pictures, patch_size).flatten(2).transpose(1, 2)

@@ -1,0 +1,121 @@
+"""Stage 0: an encoder for the tokenizer to look through, where no pretrained vision tower fits (the embedded checkpoint).
+
+Losses: contrast of the pooled features with all names of the data set (a text tower that averages word embeddings), a style
+classification, and a linear reconstruction of every patch's pixels from its own feature, so that features keep both what a
+picture shows and how it looks.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_model
+
+from ..configuration_lavit import LavitVisualTokenizerConfig
+from ..modeling_lavit_visual_tokenizer import build_encoder
+from .data import PictureDataset, augment, normalize_pictures, patchify
+
+
+class NameEncoder(nn.Module):
+    """Mean of word embeddings, then an MLP: all names (L,) to unit vectors (L, D)."""
+
+    def __init__(self, names: list[str], width: int):
+        super().__init__()
+        words = sorted({word for name in names for word in name.split()})
+        index = {word: i for i, word in enumerate(words)}
+        bags = torch.zeros(len(names), len(words))
+        for row, name in enumerate(names):
+            for word in name.split():
+                bags[row, index[word]] = 1 / len(name.split())
+        self.register_buffer("bags", bags)
+        self.embedding = nn.Linear(len(words), width, bias=False)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        nn.init.normal_(self.embedding.weight)
+
+    def forward(self) -> torch.Tensor:
+        hidden = self.embedding(self.bags)
+        return F.normalize(hidden + self.mlp(hidden), dim=-1)
+
+
+class PictureHeads(nn.Module):
+    """What is read off patch features (B, N, C): name logits (B, L), style logits (B, S), patch pixels (B, N, 3·p²)."""
+
+    def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int):
+        super().__init__()
+        width = config.hidden_size
+        self.norm = nn.LayerNorm(width)
+        self.pool = nn.Linear(width, 1)
+        self.name_projection = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.names = NameEncoder(names, width)
+        self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
+        self.style = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_styles))
+        self.pixels = nn.Linear(width, 3 * config.patch_size**2)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden = self.norm(features)
+        pooled = (self.pool(hidden).softmax(1) * hidden).sum(1)
+        projected = F.normalize(self.name_projection(pooled), dim=-1)
+        name_logits = self.logit_scale.exp().clamp(max=50) * projected @ self.names().T
+        return name_logits, self.style(pooled), self.pixels(hidden)
+
+
+class EncoderPretraining(nn.Module):
+    """Encoder and heads, with their losses."""
+
+    def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int, augmentation: dict):
+        super().__init__()
+        self.config = config
+        self.augmentation = augmentation
+        self.encoder = build_encoder(config)
+        self.heads = PictureHeads(config, names, num_styles)
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) in [0, 1] to patch features (B, N, C)."""
+        embeddings = self.encoder.embeddings(normalize_pictures(pictures))
+        return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
+
+    def forward(self, pictures, name, style, index, progress: float = 1.0):
+        pictures = pictures.float() / 255
+        if self.training:
+            pictures = augment(pictures, **self.augmentation)
+        name_logits, style_logits, pixels = self.heads(self.features(pictures))
+        target = patchify(pictures * 2 - 1, self.config.patch_size)
+        losses = {
+            "name_loss": F.cross_entropy(name_logits.float(), name, label_smoothing=0.1),
+            "style_loss": F.cross_entropy(style_logits.float(), style, label_smoothing=0.1),
+            "pixel_loss": F.mse_loss(pixels.float(), target),
+        }
+        loss = losses["name_loss"] + 0.7 * losses["style_loss"] + 4 * losses["pixel_loss"]
+        metrics = {
+            **losses,
+            "name_top1": (name_logits.argmax(-1) == name).float().mean(),
+            "style_top1": (style_logits.argmax(-1) == style).float().mean(),
+        }
+        return {"loss": loss, "metrics": {key: value.detach() for key, value in metrics.items()}}
+
+
+def build(recipe: dict):
+    config = LavitVisualTokenizerConfig(**recipe["model"])
+    dataset = PictureDataset(recipe["data"]["folder"], config.image_size, tuple(recipe["data"]["splits"]))
+    model = EncoderPretraining(config, dataset.names, len(dataset.styles), recipe["augmentation"])
+    return model, dataset, []
+
+
+@torch.no_grad()
+def finish(model: EncoderPretraining, dataset: PictureDataset, recipe: dict, output: Path) -> None:
+    """Writes encoder and heads, and prints how well the held-out pictures are told."""
+    output.mkdir(parents=True, exist_ok=True)
+    save_model(model, output / "model.safetensors")
+    model.eval()
+    for split in ("train", "held_out"):
+        pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))
+        totals = torch.zeros(3)
+        for start in range(0, len(pictures), 64):
+            rows = slice(start, start + 64)
+            batch = {"pictures": pictures.pictures[rows], "name": pictures.name[rows], "style": pictures.style[rows]}
+            metrics = model(**batch, index=None)["metrics"]
+            weight = len(batch["name"]) / len(pictures)
+            totals += weight * torch.stack([metrics["name_top1"], metrics["style_top1"], metrics["pixel_loss"]])
+        psnr = -10 * (totals[2] / 4).log10()
+        print(f"{split}: name top-1 {totals[0]:.3f}, style top-1 {totals[1]:.3f}, linear pixels {psnr:.1f} dB")

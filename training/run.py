@@ -1,0 +1,110 @@
+"""Runs a stage from its recipe: `python -m modeling_lavit.training.run STAGE recipe.yaml [key=value …]`.
+
+A recipe is a YAML file with `data`, `model` and `training_arguments`; dotted `key=value` pairs override single entries.
+Everything that `transformers.TrainingArguments` knows may stand under `training_arguments`. A run that was cut goes on from its
+last checkpoint when it is started again.
+"""
+
+import argparse
+import importlib
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+
+STAGES = {
+    "encoder": "pretrain_encoder",
+    "tokenizer": "train_visual_tokenizer",
+    "language-model": "train_language_model",
+    "pixel-decoder": "train_pixel_decoder",
+    "judge": "train_judge",
+}
+
+
+class StageTrainer(Trainer):
+    """A `Trainer` for models whose forward returns `{"loss": (), "metrics": {name: ()}}`; metrics are averaged into the log."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.running_metrics = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, progress=self.state.global_step / max(1, self.state.max_steps))
+        for name, value in outputs["metrics"].items():
+            self.running_metrics[name].append(float(value))
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= {name: round(sum(v) / len(v), 4) for name, v in self.running_metrics.items()}
+            self.running_metrics.clear()
+        super().log(logs, start_time)
+
+
+class JsonLinesCallback(TrainerCallback):
+    """Appends every log record to `log.jsonl` in the output folder."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir) / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def load_recipe(path: str, overrides: list[str]) -> dict:
+    """Reads a recipe and applies `a.b=value` overrides (values are YAML). Unknown keys are an error."""
+    recipe = yaml.safe_load(Path(path).read_text())
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"override {override!r} is not of the form key=value")
+        *parents, leaf = key.split(".")
+        node = recipe
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                raise ValueError(f"the recipe {path} has no section {parent!r} for the override {override!r}")
+            node = node[parent]
+        if leaf not in node and parents[:1] != ["training_arguments"]:
+            raise ValueError(f"the recipe {path} has no key {key!r}; known here: {sorted(node)}")
+        node[leaf] = yaml.safe_load(value)
+    return recipe
+
+
+def run(stage: str, recipe: dict) -> None:
+    """Trains one stage to the end and writes its result to `<output_dir>/final`."""
+    if "threads" in recipe:
+        torch.set_num_threads(recipe["threads"])
+    arguments = TrainingArguments(
+        report_to=recipe["training_arguments"].pop("report_to", "none"),
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        **recipe["training_arguments"],
+    )
+    os.makedirs(arguments.output_dir, exist_ok=True)
+    set_seed(arguments.seed)
+    module = importlib.import_module(f".{STAGES[stage]}", package=__package__)
+    model, dataset, callbacks = module.build(recipe)
+    trainer = StageTrainer(
+        model=model, args=arguments, train_dataset=dataset, callbacks=[JsonLinesCallback(), *callbacks]
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
+    if trainer.is_world_process_zero():
+        module.finish(trainer.accelerator.unwrap_model(model), dataset, recipe, Path(arguments.output_dir) / "final")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="lavit train")
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("recipe", help="YAML file, see the recipes folder beside this module")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. training_arguments.max_steps=100")
+    options = parser.parse_args(arguments)
+    run(options.stage, load_recipe(options.recipe, options.overrides))
+
+
+if __name__ == "__main__":
+    main()

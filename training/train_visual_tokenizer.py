@@ -1,0 +1,197 @@
+"""Stage 1: selector, merger, quantizer and the decoder that proves them (paper section 3.1, Eq. 1-4).
+
+The encoder is frozen. Loss: `1 - cos` between the encoder's features and those that the decoder rebuilds from the kept tokens,
+plus `rate_weight · (keep_rate - mean keep)²`; first without quantization, then with it (EMA codebook started by k-means). Around
+it stand the terms that a small data set needs, each with its weight in the recipe: linear pixels, name and style read off the
+rebuilt features by the frozen heads of stage 0; a local term, by which each code must tell its own patch and place; and a
+saliency term, which starts the selector on patches with detail and makes it decisive.
+"""
+
+from collections import deque
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerConfig
+from ..modeling_lavit_detokenizer import LavitDetokenizer
+from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from .codebook import EMACodebook
+from .data import PictureDataset, augment, normalize_pictures, patchify
+from .pretrain_encoder import PictureHeads
+
+
+def sinusoid(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoidal embedding (M, width) of positions (M,)."""
+    frequencies = 1 / 100 ** (torch.arange(width // 2) / (width // 2))
+    angles = positions[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def saliency(pictures: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Detail of each patch, (B, N): the mean gradient of its pixels. pictures: (B, 3, S, S) in [0, 1]."""
+    padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
+    horizontal = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]).abs()
+    vertical = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]).abs()
+    return F.avg_pool2d((horizontal + vertical).mean(1, keepdim=True), patch_size).flatten(1)
+
+
+class VisualTokenizerTraining(nn.Module):
+    """Tokenizer, decoder and heads with the losses of stage 1."""
+
+    def __init__(self, tokenizer: LavitVisualTokenizer, detokenizer: LavitDetokenizer, heads: PictureHeads, recipe: dict):
+        super().__init__()
+        self.recipe = recipe["objective"]
+        self.augmentation = recipe["augmentation"]
+        self.tokenizer, self.detokenizer, self.heads = tokenizer, detokenizer, heads
+        config = tokenizer.config
+        self.config = config
+        self.tokenizer.encoder.requires_grad_(False)
+        self.tokenizer.quantizer.codebook.requires_grad_(False)
+        self.detokenizer.codebook.requires_grad_(False)
+        self.heads.requires_grad_(False)
+        width, dim = config.hidden_size, config.codebook_dim
+        self.local_head = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width + 2))
+        self.codebook = EMACodebook(
+            config.codebook_size, dim, self.recipe["codebook_decay"], self.recipe["revive_below"]
+        )
+        self.recent = deque(maxlen=8)
+        side = config.image_size // config.patch_size
+        axis = torch.linspace(-1, 1, side)
+        self.register_buffer("places", torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2))
+
+    def init_positions(self) -> None:
+        """Sinusoidal start of the decoder's query and order embeddings (small-normal ones take long to be used)."""
+        config = self.tokenizer.config
+        side = config.image_size // config.patch_size
+        rows, columns = torch.arange(side).repeat_interleave(side), torch.arange(side).repeat(side)
+        width = config.hidden_size // 2
+        grid = torch.cat([sinusoid(rows.float(), width), sinusoid(columns.float(), width)], dim=-1)
+        order = sinusoid(torch.arange(side * side).float() / 2, config.hidden_size)
+        with torch.no_grad():
+            self.detokenizer.query_embedding.copy_(0.7 * grid[None])
+            self.detokenizer.position_embedding.copy_(0.5 * order[None])
+
+    def keep_rate(self, progress: float) -> float:
+        """The target share of kept patches: linear from `keep_start` to `keep_rate` over `keep_ramp` of the run."""
+        ramp = min(1.0, progress / self.recipe["keep_ramp"])
+        return self.recipe["keep_start"] + ramp * (self.recipe["keep_rate"] - self.recipe["keep_start"])
+
+    def quantize(self, projected: torch.Tensor, progress: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Unit vectors (M, D) to what the decoder sees and the codes; both phases of the recipe."""
+        codebook = self.tokenizer.quantizer.codebook.weight
+        if progress < self.recipe["quantize_from"]:
+            self.recent.append(projected.detach())
+            return projected, None
+        if not self.codebook.started:
+            self.codebook.start(torch.cat([*self.recent, projected.detach()]), codebook)
+            self.recent.clear()
+        codes = self.tokenizer.quantizer.nearest(projected)
+        quantized = codebook[codes].clone()
+        if self.training:
+            self.codebook.update(projected.detach(), codes, codebook)
+        return projected + (quantized - projected).detach(), codes
+
+    def forward(self, pictures, name, style, index, progress: float = 1.0):
+        weights = self.recipe["weights"]
+        pictures = pictures.float() / 255
+        if self.training:
+            pictures = augment(pictures, **self.augmentation)
+        with torch.no_grad():
+            features = self.tokenizer.encode_patches(normalize_pictures(pictures)).float()
+            target = F.layer_norm(features, features.shape[-1:])
+        log_probs = self.tokenizer.selector(features)
+        if self.training:
+            noise = -torch.empty_like(log_probs).exponential_().log()
+            soft = (log_probs + noise).softmax(-1)[..., 0]
+        else:
+            soft = log_probs[..., 0].exp()
+        hard = (soft >= 0.5).float()
+        hard = torch.maximum(hard, F.one_hot(soft.argmax(1), hard.shape[1]).float())
+        mask = hard - soft.detach() + soft
+        merged = self.tokenizer.merger(features, mask)
+        projected = F.normalize(self.tokenizer.quantizer.project(merged).float(), dim=-1)
+        vectors, codes = self.quantize(projected, progress)
+
+        lengths = hard.sum(1).long()
+        valid = torch.arange(int(lengths.max())) < lengths[:, None]
+        padded = vectors.new_zeros(*valid.shape, vectors.shape[-1]).index_put((valid,), vectors)
+        rebuilt = self.detokenizer.decode(padded, valid).float()
+        name_logits, style_logits, pixels = self.heads(rebuilt)
+
+        keep_rate = self.keep_rate(progress)
+        detail = saliency(pictures, self.config.patch_size)
+        detail = detail + 1e-6 * torch.rand_like(detail)
+        salient = (detail > detail.flatten().quantile(1 - keep_rate)).float()
+        keep_logit = (log_probs[..., 0] - log_probs[..., 1]).float()
+        probability = log_probs[..., 0].exp()
+        local = self.local_head(vectors)
+        kept = hard.bool()
+        patch_targets = (target - target.mean(1, keepdim=True))[kept]
+        terms = {
+            "cosine": (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean(),
+            "pixels": F.mse_loss(pixels.float(), patchify(pictures * 2 - 1, self.config.patch_size)),
+            "rate": (probability.mean() - keep_rate).square(),
+            "name": F.cross_entropy(name_logits.float(), name),
+            "style": F.cross_entropy(style_logits.float(), style),
+            "local": (1 - F.cosine_similarity(local[:, :-2].float(), patch_targets, dim=-1)).mean(),
+            "place": F.mse_loss(local[:, -2:].float(), self.places.expand(len(kept), -1, -1)[kept]),
+            "saliency": F.binary_cross_entropy_with_logits(keep_logit, salient),
+            "entropy": F.binary_cross_entropy_with_logits(keep_logit, probability),
+        }
+        metrics = {key: value.detach() for key, value in terms.items()}
+        terms["saliency"] = terms["saliency"] * max(0.0, 1 - progress / self.recipe["saliency_until"])
+        if codes is not None:
+            terms["commitment"] = F.mse_loss(projected, vectors.detach()) * projected.shape[-1]
+            distinct = [len(row.unique()) / len(row) for row in codes.split(lengths.tolist())]
+            metrics |= {
+                "commitment": terms["commitment"].detach(),
+                "perplexity": self.codebook.perplexity(),
+                "distinct": sum(distinct) / len(distinct),
+            }
+        metrics |= {
+            "kept": lengths.float().mean(),
+            "kept_std": lengths.float().std(),
+            "argmax_kept": (keep_logit >= 0).float().sum(1).mean(),
+            "decided": ((probability > 0.95) | (probability < 0.05)).float().mean(),
+            "detail_correlation": torch.corrcoef(torch.stack([lengths.float(), detail.mean(1)]))[0, 1],
+            "name_top1": (name_logits.argmax(-1) == name).float().mean(),
+        }
+        loss = sum(weights[key] * value for key, value in terms.items())
+        return {"loss": loss, "metrics": metrics}
+
+
+def build(recipe: dict):
+    config = LavitVisualTokenizerConfig(**recipe["model"])
+    dataset = PictureDataset(recipe["data"]["folder"], config.image_size, tuple(recipe["data"]["splits"]))
+    tokenizer = LavitVisualTokenizer._from_config(config, attn_implementation="eager")
+    detokenizer = LavitDetokenizer._from_config(
+        LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation="eager"
+    )
+    heads = PictureHeads(config, dataset.names, len(dataset.styles))
+    pretrained = load_file(recipe["encoder"])
+    for prefix, module in (("encoder.", tokenizer.encoder), ("heads.", heads)):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in pretrained.items() if k.startswith(prefix)})
+    model = VisualTokenizerTraining(tokenizer, detokenizer, heads, recipe)
+    model.init_positions()
+    return model, dataset, []
+
+
+@torch.no_grad()
+def finish(model: VisualTokenizerTraining, dataset: PictureDataset, recipe: dict, output: Path) -> None:
+    """Writes tokenizer and detokenizer, and prints the metrics of both splits under deterministic selection."""
+    model.detokenizer.codebook.weight.copy_(model.tokenizer.quantizer.codebook.weight)
+    model.tokenizer.save_pretrained(output / "visual_tokenizer")
+    model.detokenizer.save_pretrained(output / "detokenizer")
+    model.eval()
+    for split in ("train", "held_out"):
+        pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))
+        totals = {}
+        for start in range(0, len(pictures), 64):
+            rows = slice(start, start + 64)
+            batch = (pictures.pictures[rows], pictures.name[rows], pictures.style[rows])
+            for key, value in model(*batch, index=None)["metrics"].items():
+                totals[key] = totals.get(key, 0.0) + float(value) * len(batch[1]) / len(pictures)
+        print(split, {key: round(value, 4) for key, value in totals.items()})
