@@ -1,16 +1,40 @@
 """Packaging: one import name, `modeling_lavit`; the other folders are its subpackages."""
 
-from setuptools import setup
+import shutil
+from pathlib import Path
 
-SUBPACKAGES = ("processing", "conversion", "training", "evaluation")
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+SUBPACKAGES = ("processing", "conversion", "training", "evaluation", "checkpoints")
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildWithModelCard(build_py):
+    """Puts `model_card.md`, which lies at the root of the checkout, into the package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copyfile(ROOT / "model_card.md", Path(self.build_lib) / "modeling_lavit" / "model_card.md")
+
 
 setup(
     name="lavit-hf",
     version="0.1.0",
     description="LaVIT: a language model that reads and draws pictures, native to the Hugging Face Hub",
-    python_requires=">=3.10",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    # transformers 5.23 and diffusers 0.42 need it
+    python_requires=">=3.11",
     packages=["modeling_lavit", *(f"modeling_lavit.{name}" for name in SUBPACKAGES)],
     package_dir={"modeling_lavit": "modeling_lavit", **{f"modeling_lavit.{name}": name for name in SUBPACKAGES}},
+    package_data={
+        "modeling_lavit.checkpoints": ["lavit-emoji/**/*"],
+        "modeling_lavit.training": ["recipes/*.yaml"],
+    },
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23,<6",
@@ -23,7 +47,9 @@ setup(
     ],
     extras_require={
         "train": ["datasets", "peft", "resvg_py", "pyyaml"],
-        "dev": ["pytest", "ruff"],
+        "app": ["gradio"],
+        "dev": ["peft", "pytest", "pytest-xdist", "ruff", "setuptools"],
     },
-    entry_points={"console_scripts": ["lavit=modeling_lavit.cli:main"]},
+    # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
+    scripts=["modeling_lavit/bin/lavit"],
 )

@@ -64,7 +64,7 @@ def _rename(key: str, rules: list[tuple[str, str]]) -> str:
 
 
 def rename_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Vision tower (no prefix) to `Blip2VisionModel` names; the query and value biases become one vector with a zero key bias.
+    """Vision tower (no prefix) to `Blip2VisionModel` names; query and value bias become one vector.
 
     `head.*`, the unused CLIP head, is left out.
     """
@@ -81,8 +81,10 @@ def rename_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def rename_tokenizer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tokenizer (`encoder.*` included where present) to `LavitVisualTokenizer` names; `vit_proj.*` keeps its name."""
-    encoder = {key.removeprefix("encoder."): tensor for key, tensor in state_dict.items() if key.startswith("encoder.")}
+    """Whole tokenizer (`encoder.*` included where present) to our names; `vit_proj.*` keeps its name."""
+    encoder = {
+        key.removeprefix("encoder."): tensor for key, tensor in state_dict.items() if key.startswith("encoder.")
+    }
     renamed = {f"encoder.{key}": tensor for key, tensor in rename_encoder(encoder).items()}
     for key, tensor in state_dict.items():
         if not key.startswith("encoder."):

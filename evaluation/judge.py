@@ -1,7 +1,7 @@
 """An independent judge of drawn pictures: a small convolutional classifier of names and styles.
 
-It is trained on *all* pictures of the used styles, held-out ones included, takes part in no loss of the model, and is not shipped
-with it: its scores are not circular.
+It is trained on *all* pictures of the used styles, held-out ones included, takes part in no loss of the model, and
+is not shipped with it: its scores are not circular.
 """
 
 import json

@@ -11,7 +11,7 @@ if (_root / "setup.py").is_file() and (_root / "processing" / "__init__.py").is_
 from transformers import AutoModelForMultimodalLM  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
-from .autoencoder_lavit import LavitPixelShuffleAutoencoder  # noqa: E402
+from .autoencoder_lavit import LavitPatchAutoencoder  # noqa: E402
 from .configuration_lavit import (  # noqa: E402
     LavitConfig,
     LavitDetokenizerConfig,
@@ -37,7 +37,7 @@ register_classes(
     image_processor=LavitImageProcessor,
     processor=LavitProcessor,
     pipeline=LavitPipeline,
-    vae=LavitPixelShuffleAutoencoder,
+    vae=LavitPatchAutoencoder,
 )
 load_without_flag(LavitPipeline)
 PIPELINE_REGISTRY.register_pipeline(

@@ -35,13 +35,15 @@ class LavitPatchAutoencoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if 2 ** (len(block_out_channels) - 1) != patch_size:
-            raise ValueError(f"{len(block_out_channels)} block_out_channels do not make a patch of {patch_size} pixels")
+            raise ValueError(
+                f"{len(block_out_channels)} block_out_channels do not make a patch of {patch_size} pixels"
+            )
         self.components = torch.nn.Parameter(torch.eye(latent_channels, in_channels * patch_size**2))
         self.mean = torch.nn.Parameter(torch.zeros(in_channels * patch_size**2))
 
     @torch.no_grad()
     def fit(self, pictures: torch.Tensor) -> float:
-        """Principal components of the patches of `pictures` (B, 3, S, S) in [-1, 1]; returns the variance share kept."""
+        """Principal components of the patches of `pictures` (B, 3, S, S) in [-1, 1]; returns the share kept."""
         patches = F.pixel_unshuffle(pictures, self.config.patch_size).movedim(1, -1).flatten(0, -2).double()
         covariance = torch.cov(patches.T)
         values, vectors = torch.linalg.eigh(covariance)
@@ -53,7 +55,9 @@ class LavitPatchAutoencoder(ModelMixin, ConfigMixin):
         """Pictures (B, 3, S, S) in [-1, 1] to a distribution without spread over (B, latent_channels, S/p, S/p)."""
         patches = F.pixel_unshuffle(x, self.config.patch_size) - self.mean[:, None, None]
         latents = torch.einsum("bchw,kc->bkhw", patches, self.components)
-        posterior = DiagonalGaussianDistribution(torch.cat([latents, torch.zeros_like(latents)], 1), deterministic=True)
+        posterior = DiagonalGaussianDistribution(
+            torch.cat([latents, torch.zeros_like(latents)], 1), deterministic=True
+        )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(

@@ -14,7 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SELECTIONS = ("sample", "argmax")
-# Where the Auto classes find the code in a saved folder. `PreTrainedModel.save_pretrained` would name only one of them.
+# Where the Auto classes find the code in a saved folder. `PreTrainedModel.save_pretrained` would name one of them.
 AUTO_MAP = {
     "AutoConfig": "configuration_lavit.LavitConfig",
     "AutoModel": "modeling_lavit.LavitModel",
@@ -108,7 +108,8 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
 
 @strict
 class LavitDetokenizerConfig(PreTrainedConfig):
-    """Configuration of [`LavitDetokenizer`]: visual codes to the conditions of a denoising UNet (paper section 3.1, Eq. 5).
+    """Configuration of [`LavitDetokenizer`]: visual codes to the conditions of a denoising UNet (paper section 3.1,
+    Eq. 5).
 
     Args:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: of the decoder blocks.

@@ -118,7 +118,8 @@ class LavitGenerationMixin(GenerationMixin):
             generator: a `torch.Generator`, or a list of one per returned row, on any device. One generator for several
                 rows draws a seed for each. Without it every call differs. The global generators are left untouched.
             min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
-                Both are clamped to the number of patches, more of which no image has.
+                Both are clamped to the number of patches, more of which no image has, and in image mode to
+                `max_new_tokens` less one if that is given.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, pictures of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -146,8 +147,8 @@ class LavitGenerationMixin(GenerationMixin):
             raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
         if generation_mode == "interleaved" and reference_compat:
             raise ValueError("the reference has no interleaved mode to be compatible with")
-        if generation_mode == "image" and {"max_new_tokens", "max_length"} & kwargs.keys():
-            raise ValueError("in image mode max_image_tokens limits the length, not max_new_tokens or max_length")
+        if generation_mode == "image" and "max_length" in kwargs:
+            raise ValueError("in image mode max_image_tokens limits the length, not max_length")
 
         preset = self._preset(generation_preset or ("image" if drawing else None))
         defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS}
@@ -174,6 +175,9 @@ class LavitGenerationMixin(GenerationMixin):
         if prompt.input_ids is None or "inputs_embeds" in call or "past_key_values" in call:
             raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds or a cache")
         limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
+        if generation_mode == "image" and config.max_new_tokens is not None:
+            # pipelines set this general limit; [/IMG] counts in it
+            limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
         return self._generate_images(prompt, generation_mode, config, guidance_scale, limits, drawn, call)
 
     def _preset(self, name: str | None) -> dict[str, Any]:
@@ -227,7 +231,8 @@ class LavitGenerationMixin(GenerationMixin):
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
     ) -> torch.LongTensor | GenerateOutput:
         vocabulary = self.config.vocabulary
-        if drawn.reference_compat:
+        if drawn.reference_compat or "assistant_model" in call:
+            # an assistant's own forward knows no logit_range
             config.suppress_tokens = list(range(vocabulary.boi_token_id, self.config.text_config.vocab_size))
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
@@ -238,6 +243,10 @@ class LavitGenerationMixin(GenerationMixin):
             raise ValueError("pixel_values need input_ids with slots, without inputs_embeds or a cache")
         if input_ids is None and "inputs_embeds" not in call:
             raise ValueError("generate needs input_ids")
+        speculative = "assistant_model" in call or self._chosen(config, "prompt_lookup_num_tokens") is not None
+        if speculative and prompt.pixel_values is not None:
+            # transformers' assisted decoding leaves its first candidates out where a prompt is given as embeddings
+            raise ValueError("assistant_model and prompt_lookup_num_tokens do not go with pixel_values")
         if not ready:
             if prompt.pixel_values is not None:
                 expanded = self.model.expand_inputs(
@@ -261,8 +270,8 @@ class LavitGenerationMixin(GenerationMixin):
             call["attention_mask"] = mask
         rows = (input_ids if input_ids is not None else call["inputs_embeds"]).shape[0]
         rows *= self._chosen(config, "num_return_sequences") or 1
-        stock = (self._chosen(config, "num_beams") or 1) > 1 or {"assistant_model", "custom_generate"} & call.keys()
-        stock = stock or self._chosen(config, "prompt_lookup_num_tokens") or not self._chosen(config, "do_sample")
+        stock = speculative or "custom_generate" in call or not self._chosen(config, "do_sample")
+        stock = stock or (self._chosen(config, "num_beams") or 1) > 1
         output = self._run(config, call, drawn, None if stock else drawn.loop(vocabulary, config.pad_token_id, rows))
         if prompt_length is None:
             return output
@@ -416,8 +425,8 @@ class LavitGenerationMixin(GenerationMixin):
     ):
         """Continuous batching on tokenised prompts, see `GenerationMixin.generate_batch` and [`tokenize_prompt`].
 
-        `generation_mode` is `"text"` or `"image"`. In image mode the prompts end with `[IMG]` and at most
-        `max_image_tokens` codes follow. Neither guidance nor a least number of codes is available here.
+        `generation_mode` is `"text"` or `"image"`. In image mode the prompts end with `[IMG]` and codes follow, up to
+        `[/IMG]` or `max_image_tokens` ids. Neither guidance nor a least number of codes is available here.
         """
         if generation_mode not in ("text", "image"):
             raise ValueError(f"generation_mode of generate_batch must be 'text' or 'image', got {generation_mode!r}")
@@ -428,7 +437,7 @@ class LavitGenerationMixin(GenerationMixin):
         else:
             suppressed = [*range(vocabulary.eoi_token_id), *range(vocabulary.size, num_ids)]
             config.eos_token_id = vocabulary.eoi_token_id
-            config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1] + 1
+            config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
         config.suppress_tokens = list(suppressed)
         return super().generate_batch(inputs, generation_config=config, **kwargs)
 

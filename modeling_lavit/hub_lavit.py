@@ -6,9 +6,9 @@
     README.md                                                                the model card
 
 How the code is found. transformers reads `auto_map` (and `custom_pipelines`) of its config files. diffusers runs the
-entry file that `model_index.json` names. That file imports every other one, because diffusers copies only what it imports,
-and makes the classes known to both libraries under their own names, as importing the package does. So no code is needed in
-the components' folders, and the model and the processor can stay at the root.
+entry file that `model_index.json` names. That file imports every other one, because diffusers copies only what it
+imports, and makes the classes known to both libraries under their own names, as importing the package does. So no code
+is needed in the components' folders, and the model and the processor can stay at the root.
 """
 
 import importlib
@@ -41,7 +41,7 @@ TEXT_TO_IMAGE = {
 def register_classes(
     model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, vae
 ):
-    """Makes the classes known to the Auto classes, to `save_pretrained`, which then copies their code, and to diffusers."""
+    """Makes classes known to the Auto classes, to `save_pretrained` (it then copies their code) and to diffusers."""
     for model_class in (model, visual_tokenizer, detokenizer):
         config_class = model_class.config_class
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

@@ -29,7 +29,7 @@ def leaky_attention(
 ) -> torch.Tensor:
     """The merger's attention, differentiable with respect to `allowed`.
 
-    With `e = allowed · exp(a - max_j a)`, the maximum taken over *all* keys, and `S` the sum of `e` over the keys, a row is
+    With `e = allowed · exp(a - max_j a)`, the maximum taken over *all* keys, and `S` the sum of `e`, a row is
     `(e v + epsilon · mean(v)) / (S + epsilon)`. Without epsilon, a row that may see nothing is zero.
 
     Args:
@@ -96,7 +96,9 @@ class LavitAttention(nn.Module):
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
-            attended, _ = attention_interface(self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0)
+            attended, _ = attention_interface(
+                self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0
+            )
             if allowed is not None:
                 attended = attended * allowed.amax(-1).transpose(1, 2)[..., None].to(attended.dtype)
         return self.projection(attended.flatten(2))

@@ -261,7 +261,8 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
             pixel_values: (pictures, 3, H, W), one per slot in reading order over the batch. The slots are filled with
                 continuous features and the batch is padded again, on the side it was padded on: outputs are longer
                 than `input_ids`.
-            labels: (B, L) ids, -100 where there is no loss; picture features get -100.
+            labels: (B, L) ids, -100 where there is no loss; picture features get -100, and so does the first id of a
+                prompt, which nothing precedes.
             selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.encode`.
             logits_to_keep: compute the logits of the last positions alone, 0 = all.
             logit_range: (start, stop): compute the logits of these ids alone, the others are -inf.
@@ -284,6 +285,10 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
             )
             input_ids, pixel_values, inputs_embeds = None, None, expanded.inputs_embeds
             attention_mask, labels = expanded.attention_mask, expanded.labels
+        if labels is not None and attention_mask is not None:
+            # the first id behind padding would be predicted from the padding
+            follows_padding = F.pad(attention_mask[:, :-1] == 0, (1, 0))
+            labels = labels.masked_fill(follows_padding, IGNORED_LABEL)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -70,6 +70,7 @@ def build_encoder(config: LavitVisualTokenizerConfig) -> Blip2VisionModel:
             layer_norm_eps=config.layer_norm_eps,
             qkv_bias=True,
             hidden_act="gelu",
+            initializer_range=config.initializer_range,
             attn_implementation=config._attn_implementation,
         )
     )
@@ -105,7 +106,8 @@ class LavitTokenSelector(nn.Module):
 
 
 class LavitTokenMerger(nn.Module):
-    """Merges the dropped patches into the kept ones: causal self attention among kept patches, cross attention to dropped ones.
+    """Merges the dropped patches into the kept ones: causal self attention among kept patches, cross attention to
+    dropped ones.
 
     Where `attention_epsilon` is 0 no kept row depends on the row of a dropped patch, and kept rows alone are computed.
     """
@@ -205,7 +207,7 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
             init.copy_(module.codebook.weight, F.normalize(module.codebook.weight, dim=-1))
 
     def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) normalised pixels to the features (B, N, C) of the encoder's last block, without its post norm."""
+        """(B, 3, S, S) normalised pixels to the features (B, N, C) of the encoder's last block, no post norm."""
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
@@ -226,14 +228,17 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
             features: (B, N, C) of the encoder.
             selection: `"sample"` or `"argmax"`; the config's when None.
             keep_ratio: share of the patches to keep, the most probable ones, whatever `selection` says.
-            generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image gets the
+            generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
+            gets the
                 noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
 
         Returns:
             keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
         """
-        selection = selection or ("sample" if generator is not None or gumbel_noise is not None else self.config.selection)
+        selection = selection or (
+            "sample" if generator is not None or gumbel_noise is not None else self.config.selection
+        )
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {SELECTIONS}, got {selection!r}")
         log_probs = self.selector(features)

@@ -69,7 +69,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         model: a [`LavitForConditionalGeneration`].
         detokenizer: a [`LavitDetokenizer`]: visual tokens to the UNet's conditions.
         unet: a `UNet2DConditionModel` of SDXL's shape ("highres" detokenizer) or of SD 1.5's ("lowres").
-        vae: an `AutoencoderKL` or [`LavitPixelShuffleAutoencoder`].
+        vae: an `AutoencoderKL` or [`LavitPatchAutoencoder`].
         scheduler: any scheduler of Stable Diffusion.
         safety_checker, feature_extractor: a `StableDiffusionSafetyChecker` and its `CLIPImageProcessor`; flagged
             images come back black.
@@ -327,7 +327,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
 
     def run_safety_checker(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
-        """Blackens flagged images, (batch, 3, height, width) in -1..1; without a safety checker, the flags are `None`."""
+        """Blackens flagged images, (batch, 3, height, width) in -1..1; flags are `None` without a safety checker."""
         if self.safety_checker is None:
             return images, None
         pictures = self.image_processor.postprocess(images, output_type="pil")

@@ -54,7 +54,7 @@ class LavitTextToImagePipeline(Pipeline):
             kwargs: of [`LavitPipeline`].
 
         Returns:
-            A PIL image for each prompt (a list of them with `num_images_per_prompt`), in a list if `prompt` is a batch.
+            A PIL image for each prompt (a list with `num_images_per_prompt`), in a list if `prompt` is a batch.
         """
         is_batch = isinstance(prompt, list) and (
             all(isinstance(part, str) for part in prompt) or all(isinstance(part, list) for part in prompt)

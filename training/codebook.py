@@ -1,4 +1,5 @@
-"""The codebook's own learning: k-means start, exponential moving averages, revival of dead codes (authors, issues 10 and 29)."""
+"""The codebook's own learning: k-means start, exponential moving averages, revival of dead codes (authors, issues
+10 and 29)."""
 
 import torch
 import torch.distributed as dist

@@ -16,8 +16,8 @@ class PictureDataset(torch.utils.data.Dataset):
         image_size: side in pixels to which the image processor resizes.
         splits: values of the `split` column to keep.
 
-    Items are `{"index": (), "pictures": (3, S, S) uint8, "name": (), "style": ()}`, `name` and `style` being indices into
-    `names` and `styles`, which list those of the whole folder whatever the split.
+    Items are `{"index": (), "pictures": (3, S, S) uint8, "name": (), "style": ()}`, `name` and `style` being
+    indices into `names` and `styles`, which list those of the whole folder whatever the split.
     """
 
     def __init__(self, folder: str, image_size: int, splits: tuple[str, ...] = ("train",)):
@@ -69,7 +69,7 @@ def augment(
     Args:
         pictures: (B, 3, S, S) in [0, 1].
         share: probability that a picture is changed at all.
-        scale, shift, rotation, tint: largest relative zoom, shift (share of the side), rotation (radians), gain a channel.
+        scale, shift, rotation, tint: largest relative zoom, shift (share of the side), rotation (radians), gain.
         flip: probability of a mirror image.
 
     Returns:

@@ -64,7 +64,7 @@ DEFAULT_CATEGORIES = ("Animals & Nature", "Food & Drink")
 CANONICAL_STYLE = "noto"
 # Sets that list code points themselves, and the set whose list each one uses: both Fluent sets name their icons alike.
 CODEPOINT_SOURCE = {"noto": "noto", "twemoji": "twemoji", "flat": "flat", "fluent": "flat"}
-# Joins reviewed by hand on contact sheets: (style, code point) -> icon name, or None where the set draws something else.
+# Joins reviewed by hand on contact sheets: (style, code point) -> icon name, or None if another thing is drawn.
 JOIN_EXCEPTIONS: dict[tuple[str, str], str | None] = {
     ("blob", "1f997"): None,  # "cricket" is the bat and ball here, not the insect
     ("emojitwo", "1f997"): None,

@@ -1,8 +1,9 @@
-"""Stage 0: an encoder for the tokenizer to look through, where no pretrained vision tower fits (the embedded checkpoint).
+"""Stage 0: an encoder for the tokenizer to look through, where no pretrained vision tower fits (the embedded
+checkpoint).
 
-Losses: contrast of the pooled features with all names of the data set (a text tower that averages word embeddings), a style
-classification, and a linear reconstruction of every patch's pixels from its own feature, so that features keep both what a
-picture shows and how it looks.
+Losses: contrast of the pooled features with all names of the data set (a text tower that averages word embeddings),
+a style classification, and a linear reconstruction of every patch's pixels from its own feature, so that features
+keep both what a picture shows and how it looks.
 """
 
 from pathlib import Path
@@ -39,7 +40,8 @@ class NameEncoder(nn.Module):
 
 
 class PictureHeads(nn.Module):
-    """What is read off patch features (B, N, C): name logits (B, L), style logits (B, S), patch pixels (B, N, 3·p²)."""
+    """What is read off patch features (B, N, C): name logits (B, L), style logits (B, S), patch pixels (B, N,
+    3·p²)."""
 
     def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int):
         super().__init__()

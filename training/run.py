@@ -1,8 +1,8 @@
 """Runs a stage from its recipe: `python -m modeling_lavit.training.run STAGE recipe.yaml [key=value …]`.
 
-A recipe is a YAML file with `data`, `model` and `training_arguments`; dotted `key=value` pairs override single entries.
-Everything that `transformers.TrainingArguments` knows may stand under `training_arguments`. A run that was cut goes on from its
-last checkpoint when it is started again.
+A recipe is a YAML file with `data`, `model` and `training_arguments`; dotted `key=value` pairs override single
+entries. Everything that `transformers.TrainingArguments` knows may stand under `training_arguments`. A run that was
+cut goes on from its last checkpoint when it is started again.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -28,7 +28,8 @@ STAGES = {
 
 
 class StageTrainer(Trainer):
-    """A `Trainer` for models whose forward returns `{"loss": (), "metrics": {name: ()}}`; metrics are averaged into the log."""
+    """A `Trainer` for models whose forward returns `{"loss": (), "metrics": {name: ()}}`; metrics are averaged into
+    the log."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -90,7 +91,11 @@ def run(stage: str, recipe: dict) -> None:
     module = importlib.import_module(f".{STAGES[stage]}", package=__package__)
     model, dataset, callbacks = module.build(recipe)
     trainer = StageTrainer(
-        model=model, args=arguments, train_dataset=dataset, callbacks=[JsonLinesCallback(), *callbacks]
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=getattr(dataset, "collate", default_data_collator),
+        callbacks=[JsonLinesCallback(), *callbacks],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
     if trainer.is_world_process_zero():

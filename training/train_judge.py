@@ -11,7 +11,8 @@ from .data import PictureDataset, augment
 
 
 class JudgeTraining(nn.Module):
-    """The judge on augmented, sometimes blurred and noisy pictures, so that it judges what is shown and not its texture."""
+    """The judge on augmented, sometimes blurred and noisy pictures, so that it judges what is shown and not its
+    texture."""
 
     def __init__(self, judge: Judge, augmentation: dict):
         super().__init__()

@@ -1,7 +1,7 @@
 """Stage 3: a denoising UNet on the detokenizer's conditions (paper section 3.1, Eq. 5), and the detokenizer with it.
 
-`condition: features` trains on the encoder's own features, before a tokenizer exists; `condition: codes` on what the detokenizer
-makes of the codes. The prediction type is the scheduler's: epsilon, v_prediction or sample.
+`condition: features` trains on the encoder's own features, before a tokenizer exists; `condition: codes` on what
+the detokenizer makes of the codes. The prediction type is the scheduler's: epsilon, v_prediction or sample.
 """
 
 import copy

@@ -1,10 +1,11 @@
 """Stage 1: selector, merger, quantizer and the decoder that proves them (paper section 3.1, Eq. 1-4).
 
-The encoder is frozen. Loss: `1 - cos` between the encoder's features and those that the decoder rebuilds from the kept tokens,
-plus `rate_weight · (keep_rate - mean keep)²`; first without quantization, then with it (EMA codebook started by k-means). Around
-it stand the terms that a small data set needs, each with its weight in the recipe: linear pixels, name and style read off the
-rebuilt features by the frozen heads of stage 0; a local term, by which each code must tell its own patch and place; and a
-saliency term, which starts the selector on patches with detail and makes it decisive.
+The encoder is frozen. Loss: `1 - cos` between the encoder's features and those that the decoder rebuilds from the
+kept tokens, plus `rate_weight · (keep_rate - mean keep)²`; first without quantization, then with it (EMA codebook
+started by k-means). Around it stand the terms that a small data set needs, each with its weight in the recipe:
+linear pixels, name and style read off the rebuilt features by the frozen heads of stage 0; a local term, by which
+each code must tell its own patch and place; and a saliency term, which starts the selector on patches with detail
+and makes it decisive.
 """
 
 from collections import deque
@@ -41,7 +42,9 @@ def saliency(pictures: torch.Tensor, patch_size: int) -> torch.Tensor:
 class VisualTokenizerTraining(nn.Module):
     """Tokenizer, decoder and heads with the losses of stage 1."""
 
-    def __init__(self, tokenizer: LavitVisualTokenizer, detokenizer: LavitDetokenizer, heads: PictureHeads, recipe: dict):
+    def __init__(
+        self, tokenizer: LavitVisualTokenizer, detokenizer: LavitDetokenizer, heads: PictureHeads, recipe: dict
+    ):
         super().__init__()
         self.recipe = recipe["objective"]
         self.augmentation = recipe["augmentation"]

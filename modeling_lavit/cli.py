@@ -1,0 +1,387 @@
+"""The command `lavit`: draw, caption, ask, tokenize, reconstruct, train, evaluate.
+
+Nothing heavy is imported before arguments are read and files are found, so that `--help` and mistakes answer at once.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+EPILOG = """\
+Pictures are files (first frame of an animation) or http(s) addresses. Every subcommand has its own --help.
+Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where they come from.
+"""
+
+# subcommand -> (module with main(arguments), help)
+DELEGATED = {
+    "train": ("modeling_lavit.training.run", "train one stage from its recipe file"),
+    "evaluate": ("modeling_lavit.evaluation.report", "score a checkpoint on an image folder"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """All subcommands; `parse_args(...).run(options)` runs one."""
+    parser = Parser(
+        prog="lavit",
+        description="LaVIT: one model that reads pictures and draws them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, run, help: str, description: str, example: str) -> Parser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=f"{description}\n\nexample:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--model",
+            metavar="PATH_OR_REPO",
+            help="checkpoint folder, or repository on the Hub (default: the embedded checkpoint lavit-emoji)",
+        )
+        command.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
+        return command
+
+    command = add(
+        "generate",
+        generate,
+        help="draw pictures from text, or from a picture and text",
+        description="Draws pictures from text, or from a picture and text, and prints the names of the files.",
+        example='lavit generate "red apple" -o apple.png --n 4 --seed 7',
+    )
+    command.add_argument("prompt", type=_text, help="what to draw")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, help="file to write; with --n 4: NAME-0.png to NAME-3.png"
+    )
+    command.add_argument(
+        "--style-image", metavar="IMG", help='a picture in front of the text, for prompts like "in flat style"'
+    )
+    command.add_argument("--n", type=_positive, default=1, help="number of pictures (default: 1)")
+    command.add_argument(
+        "--seed",
+        type=_seed,
+        help="picture i is drawn with seed + i, the same at any --n (default: a new one, which is printed)",
+    )
+    command.add_argument("--aspect-ratio", metavar="W:H", help="one of those of the checkpoint (default: 1:1)")
+    _add_decoding_options(command)
+    command.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="S",
+        help="how closely the language model follows the prompt; 1 is no guidance (default: the checkpoint's)",
+    )
+
+    command = add(
+        "caption",
+        caption,
+        help="describe pictures in words",
+        description="Describes pictures in words, one line for each.",
+        example="lavit caption apple.png cat.png",
+    )
+    command.add_argument("images", nargs="+", metavar="IMG", help="pictures")
+
+    command = add(
+        "ask",
+        ask,
+        help="answer a question about a picture",
+        description='Answers a question about a picture. The model reads "Question: ... Answer:".',
+        example='lavit ask apple.png "which style is this?"',
+    )
+    command.add_argument("image", metavar="IMG", help="a picture")
+    command.add_argument("question", type=_text, help="the question")
+
+    command = add(
+        "tokenize",
+        tokenize,
+        help="turn a picture into visual tokens, and show which patches they keep",
+        description="Prints how many patches of a picture are kept, and their codes.",
+        example="lavit tokenize apple.png --show kept.png",
+    )
+    command.add_argument("image", metavar="IMG", help="a picture")
+    command.add_argument("--show", type=Path, metavar="FILE", help="write the picture with dropped patches faded")
+    _add_keep_ratio(command)
+
+    command = add(
+        "reconstruct",
+        reconstruct,
+        help="turn a picture into visual tokens and back",
+        description="Draws a picture from nothing but its own visual tokens: what they keep of it.",
+        example="lavit reconstruct apple.png -o again.png",
+    )
+    command.add_argument("image", metavar="IMG", help="a picture")
+    command.add_argument("-o", "--output", type=Path, required=True, help="file to write")
+    command.add_argument("--seed", type=_seed, default=0, help="of the noise (default: 0)")
+    _add_keep_ratio(command)
+    _add_decoding_options(command)
+
+    add(
+        "app",
+        app,
+        help="open the demo in a browser (needs gradio)",
+        description="Serves a demo for the browser: drawing, reading, visual tokens. Needs gradio.",
+        example="lavit app --model organisation/checkpoint",
+    )
+    for name, (_, help) in DELEGATED.items():
+        commands.add_parser(name, help=f"{help} (lavit {name} --help)", add_help=False)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: those of the process by default.
+
+    Returns:
+        The exit code: 0, 2 after an error, 130 after an interrupt.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # libraries read these when they are imported; they warn about packages that are not needed here
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        if arguments and arguments[0] in DELEGATED:
+            importlib.import_module(DELEGATED[arguments[0]][0]).main(arguments[1:])
+        else:
+            options = build_parser().parse_args(arguments)
+            options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("LAVIT_TRACEBACK"):
+            raise
+        print(f"lavit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def generate(options: argparse.Namespace):
+    """`lavit generate`"""
+    outputs = [options.output]
+    if options.n > 1:
+        outputs = [options.output.with_stem(f"{options.output.stem}-{i}") for i in range(options.n)]
+    _check_outputs(outputs)
+    style_image = _load_image(options.style_image) if options.style_image else None
+    pipe = _load_pipeline(options)
+    seed = options.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "big")
+        print(f"seed {seed}", file=sys.stderr)
+    images = pipe(
+        options.prompt if style_image is None else [style_image, options.prompt],
+        num_images_per_prompt=options.n,
+        generator=_generators(seed, options.n),
+        guidance_scale=options.guidance_scale,
+        aspect_ratio=options.aspect_ratio,
+        **_decoding(options),
+    ).images
+    _save(images, outputs, options.enlarge)
+
+
+def caption(options: argparse.Namespace):
+    """`lavit caption`"""
+    from tqdm import tqdm
+
+    images = [_load_image(source) for source in options.images]
+    model, processor = _load_reader(options)
+    progress = tqdm(images, disable=len(images) == 1, desc="captions")
+    for source, image in zip(options.images, progress, strict=True):
+        inputs = processor(images=image)
+        ids = model.generate(**inputs, generation_preset="caption")
+        text = processor.post_process_caption(ids, input_ids=inputs.input_ids)[0]
+        tqdm.write(text if len(images) == 1 else f"{source}: {text}")
+
+
+def ask(options: argparse.Namespace):
+    """`lavit ask`"""
+    image = _load_image(options.image)
+    model, processor = _load_reader(options)
+    inputs = processor(images=image, text=f"<image>Question: {options.question} Answer:")
+    ids = model.generate(**inputs, generation_preset="answer")
+    print(processor.post_process_answer(ids, input_ids=inputs.input_ids)[0])
+
+
+def tokenize(options: argparse.Namespace):
+    """`lavit tokenize`"""
+    _check_outputs([options.show] if options.show else [])
+    image = _load_image(options.image)
+    model, processor = _load_reader(options)
+    from modeling_lavit.show_lavit import show_kept_patches
+
+    pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
+    tokenizer = model.model.visual_tokenizer
+    tokens = tokenizer.tokenize(pixel_values.to(tokenizer.device), keep_ratio=options.keep_ratio)
+    kept, patches = len(tokens.codes), tokens.keep_mask.shape[1]
+    print(f"{kept} of {patches} patches kept ({kept / patches:.0%})")
+    print("codes:", *tokens.codes.tolist())
+    if options.show:
+        _save([show_kept_patches(image, tokens.keep_mask[0])], [options.show])
+
+
+def reconstruct(options: argparse.Namespace):
+    """`lavit reconstruct`"""
+    _check_outputs([options.output])
+    image = _load_image(options.image)
+    pipe = _load_pipeline(options)
+    images = pipe.reconstruct(
+        image, keep_ratio=options.keep_ratio, generator=_generators(options.seed, 1), **_decoding(options)
+    ).images
+    _save(images, [options.output], options.enlarge)
+
+
+def app(options: argparse.Namespace):
+    """`lavit app`"""
+    from modeling_lavit.app_lavit import build_app
+
+    build_app(_load_pipeline(options)).launch()
+
+
+def _add_decoding_options(command: Parser):
+    command.add_argument("--steps", type=_positive, help="denoising steps (default: the checkpoint's)")
+    command.add_argument(
+        "--decoder-guidance-scale",
+        type=float,
+        metavar="S",
+        help="how closely pixels follow the visual tokens; 1 is no guidance (default: the checkpoint's)",
+    )
+    command.add_argument(
+        "--enlarge", type=_positive, default=1, metavar="K", help="write pictures K times as large (default: 1)"
+    )
+
+
+def _add_keep_ratio(command: Parser):
+    command.add_argument(
+        "--keep-ratio",
+        type=float,
+        metavar="R",
+        help="keep this share of the patches, the best ones (default: as many as the checkpoint's selector keeps)",
+    )
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return value
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no positive whole number")
+    return int(value)
+
+
+def _seed(value: str) -> int:
+    if not value.isdecimal() or int(value) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number from 0 to 2**63 - 1")
+    return int(value)
+
+
+def _generators(seed: int, count: int) -> list:
+    import torch
+
+    return [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(count)]
+
+
+def _decoding(options: argparse.Namespace) -> dict:
+    return {"num_inference_steps": options.steps, "decoder_guidance_scale": options.decoder_guidance_scale}
+
+
+def _load_image(source: str):
+    is_address = source.startswith(("http://", "https://"))
+    if not is_address and not Path(source).is_file():
+        raise ValueError(f"there is no image file at {source}")
+    from modeling_lavit.processing import load_image
+
+    return load_image(source)
+
+
+def _model_source(options: argparse.Namespace) -> str:
+    """The checkpoint to load; refuses folders that are none."""
+    from modeling_lavit.checkpoints import LAVIT_EMOJI
+
+    source = options.model or str(LAVIT_EMOJI)
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file; a checkpoint is a folder, or a repository on the Hub")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} is no LaVIT checkpoint: it has no config.json")
+    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise ValueError(f"there is no checkpoint folder {source}, nor is that the name of a repository on the Hub")
+    from transformers import AutoConfig
+
+    model_type = AutoConfig.from_pretrained(source).model_type
+    if model_type != "lavit":
+        raise ValueError(f"{source} is no LaVIT checkpoint: its model type is {model_type!r}")
+    return source
+
+
+def _device_and_dtype(options: argparse.Namespace) -> tuple:
+    """Half precision on an accelerator; on the CPU single, which is faster there whatever the files hold."""
+    import torch
+
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device} cannot be used here: {error}") from error
+    if device.type == "cpu":
+        return device, torch.float32
+    return device, torch.bfloat16
+
+
+def _load_reader(options: argparse.Namespace) -> tuple:
+    """The model and its processor, without what draws pixels."""
+    from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
+
+    source, (device, dtype) = _model_source(options), _device_and_dtype(options)
+    model = LavitForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
+    return model, LavitProcessor.from_pretrained(source)
+
+
+def _load_pipeline(options: argparse.Namespace):
+    from modeling_lavit import LavitPipeline
+
+    source, (device, dtype) = _model_source(options), _device_and_dtype(options)
+    return LavitPipeline.from_pretrained(source, torch_dtype=dtype).to(device)
+
+
+def _check_outputs(paths: list[Path]):
+    """Refuses files that cannot be written, before any work is done."""
+    from PIL import Image
+
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the name of a file")
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
+        if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"{path} has no ending of a picture format that can be written, such as .png or .jpg")
+
+
+def _save(images: list, paths: list[Path], factor: int = 1):
+    """Writes all pictures or none: under temporary names first. Prints the names."""
+    from modeling_lavit.show_lavit import enlarge
+
+    with tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=".lavit-") as folder:
+        for image, path in zip(images, paths, strict=True):
+            enlarge(image, factor).save(Path(folder) / path.name)
+        for path in paths:
+            os.replace(Path(folder) / path.name, path)
+            print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

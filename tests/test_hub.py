@@ -1,0 +1,283 @@
+"""The saved folder: with the package, without it in a fresh process, from a cache, and through a stand-in Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
+
+import modeling_lavit
+from modeling_lavit import (
+    LavitForConditionalGeneration,
+    LavitImageProcessor,
+    LavitModel,
+    LavitPipeline,
+    LavitProcessor,
+    LavitTextToImagePipeline,
+)
+from modeling_lavit.autoencoder_lavit import LavitPatchAutoencoder
+
+
+PROMPT = "a red apple"
+
+# Runs where the package cannot be imported, as on a machine that does not have it.
+FRESH_PROCESS = """
+import json, sys
+sys.modules["modeling_lavit"] = None
+import numpy, torch, transformers
+from diffusers import DiffusionPipeline
+
+source, only_model, save_to = json.loads(sys.argv[1])
+trust = {"trust_remote_code": True}
+classes = {}
+for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM",
+             "AutoImageProcessor", "AutoProcessor"):
+    loaded = getattr(transformers, name).from_pretrained(only_model or source, **trust)
+    classes[name] = f"{type(loaded).__module__.split('.')[0]}.{type(loaded).__name__}"
+
+seed = lambda: torch.Generator().manual_seed(3)
+draw = transformers.pipeline("text-to-image", model=source, **trust)
+by_task = numpy.asarray(draw("a red apple", generator=seed(), num_inference_steps=2)).tolist()
+pipe = DiffusionPipeline.from_pretrained(source, **trust)
+by_pipeline = numpy.asarray(pipe("a red apple", generator=seed(), num_inference_steps=2).images[0]).tolist()
+again = pipe.reconstruct(draw("two cats", num_inference_steps=1), num_inference_steps=1).visual_tokens.lengths.tolist()
+if save_to and save_to.startswith("hub:"):
+    pipe.push_to_hub(save_to.removeprefix("hub:"))
+elif save_to:
+    (draw if save_to.endswith("task") else pipe).save_pretrained(save_to)
+package = [name for name, module in sys.modules.items() if name.startswith("modeling_lavit") and module]
+print("RESULT" + json.dumps([classes, by_task, by_pipeline, package]))
+"""
+
+WITH_PACKAGE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from modeling_lavit import LavitPipeline
+
+pipe = LavitPipeline.from_pretrained(sys.argv[2])
+pipe.push_to_hub("group/pipeline", commit_message="First")
+pipe.model.push_to_hub("group/model")
+pipe.processor.push_to_hub("group/model")
+"""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = LavitPipeline(
+        processor=tiny_processor(),
+        model=tiny_model(),
+        detokenizer=tiny_detokenizer(),
+        unet=tiny_unet(channels=12),
+        vae=LavitPatchAutoencoder(patch_size=2, latent_channels=12, block_out_channels=(1, 1)),
+        scheduler=tiny_scheduler("sample"),
+        default_num_inference_steps=7,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "lavit-tiny"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe) -> list:
+    return draw(pipe)
+
+
+def draw(pipe) -> list:
+    images = pipe(PROMPT, generator=torch.Generator().manual_seed(3), num_inference_steps=2).images
+    return np.asarray(images[0]).tolist()
+
+
+def run(script: str, *arguments: str, home: Path, **environment: str) -> str:
+    """A fresh process far from this checkout; what it prints."""
+    home.mkdir(parents=True, exist_ok=True)
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "HF_HOME": str(home), **environment}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**inherited, **environment},
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def check_fresh(drawn: list, source: str, home: Path, save_to: str = "", only_model: str = "", **environment: str):
+    arguments = json.dumps([str(source), only_model, str(save_to)])
+    output = run(FRESH_PROCESS, arguments, home=home, **environment)
+    classes, by_task, by_pipeline, package = json.loads(output.split("RESULT")[1])
+    generation = "transformers_modules.LavitForConditionalGeneration"
+    assert classes == {
+        "AutoModel": "transformers_modules.LavitModel",
+        "AutoModelForImageTextToText": generation,
+        "AutoModelForCausalLM": generation,
+        "AutoModelForMultimodalLM": generation,
+        "AutoImageProcessor": "transformers_modules.LavitImageProcessor",
+        "AutoProcessor": "transformers_modules.LavitProcessor",
+    }
+    assert by_task == drawn
+    assert by_pipeline == drawn
+    assert package == []
+
+
+def test_the_folder_has_the_files_of_both_libraries_and_no_pickle(folder):
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "processor_config.json",
+        "model_index.json",
+        "detokenizer/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "README.md",
+        "modeling_lavit.py",
+        "processing_lavit.py",
+    }
+    assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".py", ".md", ".jinja"}
+
+
+def test_the_model_card_is_written_from_the_template(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == "any-to-any"
+    assert "lavit" in card.data.tags
+    assert "| visual codes | 24 |" in card.text
+    template = (Path(modeling_lavit.__file__).parent.parent / "model_card.md").read_text()
+    assert template.split("## Use")[1].strip() == card.text.split("## Use")[1].strip()
+
+
+def test_with_the_package_everything_loads_without_a_flag(folder, drawn):
+    for auto_class, wanted in (
+        (AutoModel, LavitModel),
+        (AutoModelForImageTextToText, LavitForConditionalGeneration),
+        (AutoModelForMultimodalLM, LavitForConditionalGeneration),
+        (AutoModelForCausalLM, LavitForConditionalGeneration),
+        (AutoProcessor, LavitProcessor),
+        (AutoImageProcessor, LavitImageProcessor),
+    ):
+        assert type(auto_class.from_pretrained(folder)) is wanted
+    for pipeline_class in (LavitPipeline, DiffusionPipeline):
+        loaded = pipeline_class.from_pretrained(folder)
+        assert type(loaded) is LavitPipeline
+        assert draw(loaded) == drawn
+        assert loaded.config.default_num_inference_steps == 7
+    assert type(pipeline("text-to-image", model=str(folder))) is LavitTextToImagePipeline
+
+
+def test_the_package_wins_over_a_folders_code_also_with_the_flag(folder):
+    assert type(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)) is LavitPipeline
+    assert type(pipeline("text-to-image", model=str(folder), trust_remote_code=True)) is LavitTextToImagePipeline
+
+
+def test_components_can_be_handed_in_and_keep_their_identity(folder, pipe):
+    loaded = LavitPipeline.from_pretrained(folder, model=pipe.model, processor=pipe.processor, unet=pipe.unet)
+    assert loaded.model is pipe.model and loaded.processor is pipe.processor and loaded.unet is pipe.unet
+
+
+def test_a_dtype_goes_to_every_model(folder):
+    loaded = LavitPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {loaded.model.dtype, loaded.unet.dtype, loaded.vae.dtype} == {torch.bfloat16}
+
+
+def test_what_was_loaded_can_be_saved_and_loaded_again(folder, drawn, tmp_path):
+    LavitPipeline.from_pretrained(folder).save_pretrained(tmp_path / "first", max_shard_size="100kB")
+    assert (tmp_path / "first" / "model.safetensors.index.json").is_file()
+    draw_task = pipeline("text-to-image", model=str(tmp_path / "first"))
+    draw_task.save_pretrained(tmp_path / "second")
+    assert draw(LavitPipeline.from_pretrained(tmp_path / "second")) == drawn
+
+
+def test_missing_weights_are_an_error_in_every_component(folder, tmp_path):
+    for part, file in (("model", "model.safetensors"), ("detokenizer", "detokenizer/model.safetensors")):
+        broken = tmp_path / part
+        shutil.copytree(folder, broken)
+        weights = load_file(broken / file)
+        removed = sorted(weights)[0]
+        del weights[removed]
+        save_file(weights, broken / file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="has no weights for"):
+            LavitPipeline.from_pretrained(broken)
+    with pytest.raises(OSError, match="model_index.json"):
+        LavitPipeline.from_pretrained(tmp_path)
+
+
+def test_a_file_is_no_place_for_a_folder(pipe, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="is a file"):
+        pipe.save_pretrained(tmp_path / "taken")
+
+
+def test_without_the_package_the_folder_loads_is_saved_and_loads_again(folder, drawn, tmp_path):
+    check_fresh(drawn, folder, tmp_path / "home1", save_to=tmp_path / "saved-by-task")
+    check_fresh(drawn, tmp_path / "saved-by-task", tmp_path / "home2", save_to=tmp_path / "saved-by-pipeline")
+    first, last = (
+        json.loads((path / "model_index.json").read_text()) for path in (folder, tmp_path / "saved-by-pipeline")
+    )
+    assert first == last
+    assert (tmp_path / "saved-by-pipeline" / "README.md").read_text() == (folder / "README.md").read_text()
+    assert draw(LavitPipeline.from_pretrained(tmp_path / "saved-by-pipeline")) == drawn
+
+
+def test_without_the_package_an_offline_cache_serves_the_repository_by_name(folder, drawn, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "home" / "hub" / "models--group--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(folder)
+            blob = repository / "blobs" / str(name).replace("/", "-")
+            shutil.copyfile(path, blob)
+            link = repository / "snapshots" / commit / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    check_fresh(drawn, "group/tiny", tmp_path / "home")
+
+
+def test_what_is_pushed_arrives_and_loads_from_the_hub(folder, drawn, tmp_path):
+    checkout = str(Path(modeling_lavit.__file__).parent.parent)
+    with HubServer() as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_nobody"}
+        run(WITH_PACKAGE, checkout, str(folder), home=tmp_path / "sender", **online)
+        pushed = hub.repositories["group/pipeline"]
+        assert set(pushed) == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+        assert pushed["README.md"] == (folder / "README.md").read_bytes()
+        assert [commit["summary"] for commit in hub.commits][0] == "First"
+        assert {"model.safetensors", "tokenizer.json", "modeling_lavit.py"} <= set(hub.repositories["group/model"])
+        assert not any("unet" in name for name in hub.repositories["group/model"])
+
+        receiver = tmp_path / "receiver"
+        check_fresh(drawn, "group/pipeline", receiver, save_to="hub:group/again", only_model="group/model", **online)
+        assert set(hub.repositories["group/again"]) == set(pushed)
