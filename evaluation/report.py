@@ -26,7 +26,9 @@ class PictureRows:
     """The rows of one split: pictures as PIL, names, styles, file sizes in bytes."""
 
     def __init__(self, folder: str, split: str, count: int | None = None, seed: int = 0):
-        rows = load_dataset("imagefolder", data_dir=folder, split="train")
+        rows = load_dataset(
+            "imagefolder", data_files={"train": f"{folder}/**"}, split="train"
+        )  # no split by file names
         chosen = [i for i, value in enumerate(rows["split"]) if value == split]
         if not chosen:
             raise ValueError(f"{folder} has no picture of the split {split!r}")

@@ -8,10 +8,19 @@ import importlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 EPILOG = """\
+examples:
+  lavit generate "red apple" -o apple.png
+  lavit generate "in flat style" --style-image apple.png -o flat.png
+  lavit caption apple.png
+  lavit ask apple.png "which style is this?"
+  lavit tokenize apple.png --show kept.png
+
 Pictures are files (first frame of an animation) or http(s) addresses. Every subcommand has its own --help.
 Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where they come from.
 """
@@ -76,7 +85,9 @@ def build_parser() -> Parser:
         type=_seed,
         help="picture i is drawn with seed + i, the same at any --n (default: a new one, which is printed)",
     )
-    command.add_argument("--aspect-ratio", metavar="W:H", help="one of those of the checkpoint (default: 1:1)")
+    command.add_argument(
+        "--aspect-ratio", metavar="W:H", help="such as 1:1, of those that the checkpoint has (default: its size)"
+    )
     _add_decoding_options(command)
     command.add_argument(
         "--guidance-scale",
@@ -164,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("LAVIT_TRACEBACK"):
             raise
-        print(f"lavit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"lavit: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -177,10 +188,7 @@ def generate(options: argparse.Namespace):
     _check_outputs(outputs)
     style_image = _load_image(options.style_image) if options.style_image else None
     pipe = _load_pipeline(options)
-    seed = options.seed
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), "big")
-        print(f"seed {seed}", file=sys.stderr)
+    seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
     images = pipe(
         options.prompt if style_image is None else [style_image, options.prompt],
         num_images_per_prompt=options.n,
@@ -190,6 +198,8 @@ def generate(options: argparse.Namespace):
         **_decoding(options),
     ).images
     _save(images, outputs, options.enlarge)
+    if options.seed is None:
+        print(f"drawn with --seed {seed}", file=sys.stderr)
 
 
 def caption(options: argparse.Namespace):
@@ -202,7 +212,7 @@ def caption(options: argparse.Namespace):
     for source, image in zip(options.images, progress, strict=True):
         inputs = processor(images=image)
         ids = model.generate(**inputs, generation_preset="caption")
-        text = processor.post_process_caption(ids, input_ids=inputs.input_ids)[0]
+        text = _one_line(processor.post_process_caption(ids, input_ids=inputs.input_ids)[0])
         tqdm.write(text if len(images) == 1 else f"{source}: {text}")
 
 
@@ -212,7 +222,7 @@ def ask(options: argparse.Namespace):
     model, processor = _load_reader(options)
     inputs = processor(images=image, text=f"<image>Question: {options.question} Answer:")
     ids = model.generate(**inputs, generation_preset="answer")
-    print(processor.post_process_answer(ids, input_ids=inputs.input_ids)[0])
+    print(_one_line(processor.post_process_answer(ids, input_ids=inputs.input_ids)[0]))
 
 
 def tokenize(options: argparse.Namespace):
@@ -270,6 +280,10 @@ def _add_keep_ratio(command: Parser):
         metavar="R",
         help="keep this share of the patches, the best ones (default: as many as the checkpoint's selector keeps)",
     )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _text(value: str) -> str:
@@ -342,20 +356,36 @@ def _device_and_dtype(options: argparse.Namespace) -> tuple:
     return device, torch.bfloat16
 
 
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{source} has a weights file that is damaged or truncated: {error}") from error
+
+
 def _load_reader(options: argparse.Namespace) -> tuple:
     """The model and its processor, without what draws pixels."""
     from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
 
     source, (device, dtype) = _model_source(options), _device_and_dtype(options)
-    model = LavitForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
+    with _loading(source):
+        model = LavitForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
     return model, LavitProcessor.from_pretrained(source)
 
 
 def _load_pipeline(options: argparse.Namespace):
+    from transformers.utils.logging import disable_progress_bar
+
     from modeling_lavit import LavitPipeline
 
+    # the pipeline's own bar counts its components
+    disable_progress_bar()
     source, (device, dtype) = _model_source(options), _device_and_dtype(options)
-    return LavitPipeline.from_pretrained(source, torch_dtype=dtype).to(device)
+    with _loading(source):
+        return LavitPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device)
 
 
 def _check_outputs(paths: list[Path]):

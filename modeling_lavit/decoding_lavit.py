@@ -1,6 +1,8 @@
 """How one id after the other is chosen: grammar of images, seeds, and the loop with batched guidance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
@@ -211,3 +213,36 @@ class LavitDecodingLoop:
         mask[len(ids) :, :-1].masked_fill_(begins, 0)
         positions[len(ids) :, -1:].masked_fill_(begins, 0)
         model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, positions
+
+
+@dataclass
+class LavitDraw:
+    """How ids are drawn: seeds, streamer, and whether as the reference does."""
+
+    generator: Generators
+    streamer: BaseStreamer | None
+    reference_compat: bool
+
+    def loop(self, vocabulary: LavitVocabulary, pad_token_id: int, rows: int, **options) -> LavitDecodingLoop:
+        joint = isinstance(self.generator, torch.Generator) and self.reference_compat
+        return LavitDecodingLoop(
+            vocabulary,
+            pad_token_id,
+            generators=None if joint else row_generators(self.generator, rows),
+            joint_generator=self.generator if joint else None,
+            streamer=self.streamer,
+            **options,
+        )
+
+    @contextmanager
+    def global_generators(self, device: torch.device) -> Iterator[None]:
+        """Lends torch's global generators to a stock decoding method: seeded from ours, restored afterwards."""
+        generator = row_generators(self.generator, 1)[0]
+        seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+        on_accelerator = device.type not in ("cpu", "meta")
+        forked = {"devices": [device], "device_type": device.type} if on_accelerator else {"devices": []}
+        with torch.random.fork_rng(**forked):
+            torch.default_generator.manual_seed(seed)
+            if on_accelerator:
+                torch.get_device_module(device).manual_seed(seed)
+            yield

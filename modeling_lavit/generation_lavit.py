@@ -11,8 +11,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
-from .configuration_lavit import LavitVocabulary
-from .decoding_lavit import Generators, LavitDecodingLoop, LavitGrammarLogitsProcessor, image_state, row_generators
+from .decoding_lavit import Generators, LavitDecodingLoop, LavitDraw, LavitGrammarLogitsProcessor, image_state
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 from .prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
 
@@ -54,26 +53,6 @@ class LavitPrompt:
     attention_mask: torch.LongTensor | None
     pixel_values: torch.Tensor | None
     selection: dict[str, Any]
-
-
-@dataclass
-class LavitDraw:
-    """How ids are drawn: seeds, streamer, and whether as the reference does."""
-
-    generator: Generators
-    streamer: BaseStreamer | None
-    reference_compat: bool
-
-    def loop(self, vocabulary: LavitVocabulary, pad_token_id: int, rows: int, **options) -> LavitDecodingLoop:
-        joint = isinstance(self.generator, torch.Generator) and self.reference_compat
-        return LavitDecodingLoop(
-            vocabulary,
-            pad_token_id,
-            generators=None if joint else row_generators(self.generator, rows),
-            joint_generator=self.generator if joint else None,
-            streamer=self.streamer,
-            **options,
-        )
 
 
 class LavitGenerationMixin(GenerationMixin):
@@ -255,7 +234,7 @@ class LavitGenerationMixin(GenerationMixin):
                 input_ids, mask = expanded.input_ids, expanded.attention_mask
                 call["inputs_embeds"] = expanded.inputs_embeds
             else:
-                rows = unpad(input_ids, mask)
+                rows = _unpad_prompts(input_ids, mask)
                 check_slots(find_slots(rows, vocabulary), 0)
                 input_ids, mask = pad(rows, config.pad_token_id, "left")
             prompt_length = input_ids.shape[1]
@@ -284,7 +263,7 @@ class LavitGenerationMixin(GenerationMixin):
         if loop is not None:
             return super().generate(generation_config=config, custom_generate=loop, **call)
         sampling = self._chosen(config, "do_sample")
-        seeded = _seeded_from(row_generators(drawn.generator, 1)[0], self.device) if sampling else nullcontext()
+        seeded = drawn.global_generators(self.device) if sampling else nullcontext()
         with seeded:
             return super().generate(generation_config=config, streamer=drawn.streamer, **call)
 
@@ -303,12 +282,21 @@ class LavitGenerationMixin(GenerationMixin):
         rows = self._discrete_rows(prompt, keep_brackets=not drawn.reference_compat)
         if image_mode:
             rows = [self._begin_image(row) for row in rows]
-        num_prompts, longest = len(rows), max(len(row) for row in rows)
+        num_prompts, num_ids = len(rows), max(len(row) for row in rows)
+        beams = self._chosen(config, "num_beams") or 1
+        negative_ids = call.pop("negative_prompt_ids", None)
+        negative_mask = call.pop("negative_prompt_attention_mask", None)
+        if negative_ids is not None and not (guided and image_mode and beams == 1):
+            raise ValueError("negative_prompt_ids need generation_mode 'image', a guidance_scale and no beams")
+        if guided and beams == 1:
+            rows = rows + self._unconditional_rows(rows, negative_ids, negative_mask)
+        call["input_ids"], call["attention_mask"] = pad(rows, config.pad_token_id, "left")
+        longest = call["input_ids"].shape[1]
 
         if drawn.reference_compat:
             # quirk 4: with visual ids in the prompts their length is the limit
-            with_pictures = any((row >= vocabulary.visual_offset).any() for row in rows)
-            config.min_new_tokens, config.max_new_tokens = limits[0], longest - 1 if with_pictures else limits[1]
+            with_pictures = any((row >= vocabulary.visual_offset).any() for row in rows[:num_prompts])
+            config.min_new_tokens, config.max_new_tokens = limits[0], num_ids - 1 if with_pictures else limits[1]
             above = range(vocabulary.size, self.config.text_config.vocab_size)
             config.suppress_tokens = [*range(3, vocabulary.boi_token_id), *above]
             self._check_context(longest, 1)
@@ -326,11 +314,7 @@ class LavitGenerationMixin(GenerationMixin):
         if image_mode:
             config.eos_token_id = vocabulary.eoi_token_id
 
-        negative_ids = call.pop("negative_prompt_ids", None)
-        negative_mask = call.pop("negative_prompt_attention_mask", None)
-        if negative_ids is not None and not (guided and image_mode):
-            raise ValueError("negative_prompt_ids need generation_mode 'image' and a guidance_scale")
-        beams, loop = self._chosen(config, "num_beams") or 1, None
+        loop = None
         if beams == 1:
             loop = drawn.loop(
                 vocabulary,
@@ -339,15 +323,12 @@ class LavitGenerationMixin(GenerationMixin):
                 guidance_scale=guidance_scale if guided else None,
                 restart_unconditional=not image_mode,
             )
-            if guided:
-                rows = rows + self._unconditional_rows(rows, negative_ids, negative_mask)
         elif guided and not drawn.reference_compat:
             raise ValueError("guidance_scale and num_beams: the unconditional stream cannot follow beams, choose one")
         elif guided:
             # quirk 9: in transformers' own guidance the unconditional cache stays as it is when beams are reordered
             config.guidance_scale = guidance_scale
             call["negative_prompt_ids"] = rows[0].new_full((num_prompts * beams, 1), vocabulary.boi_token_id)
-        call["input_ids"], call["attention_mask"] = pad(rows, config.pad_token_id, "left")
         output = self._run(config, call, drawn, loop)
         if image_mode:
             return _with_sequences(output, lambda ids: ids[:, longest:])
@@ -368,7 +349,7 @@ class LavitGenerationMixin(GenerationMixin):
 
     def _discrete_rows(self, prompt: LavitPrompt, keep_brackets: bool = True) -> list[torch.LongTensor]:
         """The prompts without padding, their slots filled with the pictures' code ids."""
-        rows = unpad(prompt.input_ids, prompt.attention_mask)
+        rows = _unpad_prompts(prompt.input_ids, prompt.attention_mask)
         slots = find_slots(rows, self.config.vocabulary)
         check_slots(slots, 0 if prompt.pixel_values is None else prompt.pixel_values.shape[0])
         if prompt.pixel_values is None:
@@ -490,6 +471,14 @@ class LavitGenerationMixin(GenerationMixin):
         return list(getattr(pictures, "images", pictures))
 
 
+def _unpad_prompts(input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None) -> list[torch.LongTensor]:
+    rows = unpad(input_ids, attention_mask)
+    empty = [index for index, row in enumerate(rows) if not len(row)]
+    if empty:
+        raise ValueError(f"prompts {empty} are empty: a prompt needs at least one id")
+    return rows
+
+
 def _behind(prompt: torch.LongTensor, new_ids: torch.LongTensor) -> torch.LongTensor:
     """Puts new ids behind the prompts that they answer; several rows of new ids may belong to one prompt."""
     repeats = new_ids.shape[0] // prompt.shape[0]
@@ -501,19 +490,3 @@ def _with_sequences(output, change: Callable[[torch.LongTensor], torch.LongTenso
         return change(output)
     output.sequences = change(output.sequences)
     return output
-
-
-class _seeded_from:
-    """Lends torch's global generators to a stock decoding method: seeded from `generator`, restored afterwards."""
-
-    def __init__(self, generator: torch.Generator, device: torch.device):
-        self.seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
-        devices = [] if device.type == "cpu" else [device]
-        self.fork = torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type)
-
-    def __enter__(self):
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error):
-        return self.fork.__exit__(*error)

@@ -94,8 +94,11 @@ def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max
             index[name] = [None, None]
             continue
         component = getattr(component, "_orig_mod", component)
-        sizes = {"max_shard_size": max_shard_size} if max_shard_size is not None else {}
-        options = {"variant": variant, **sizes} if hasattr(component, "state_dict") else {}
+        options = {}
+        if hasattr(component, "state_dict"):
+            options["max_shard_size"] = max_shard_size or "10GB"
+            # diffusers looks for variants in the components' folders only
+            options["variant"] = None if name in AT_ROOT else variant
         component.save_pretrained(folder if name in AT_ROOT else folder / name, **options)
         is_diffusers = isinstance(component, diffusers.ConfigMixin)
         index[name] = ["diffusers" if is_diffusers else "transformers", type(component).__name__]
@@ -124,6 +127,8 @@ def push_folder(
 ) -> str:
     """Uploads a folder, or what `source(folder)` writes into an empty one; the repository is created if there is none.
 
+    A README that the repository has already stays as it is.
+
     Returns:
         The URL of the commit.
     """
@@ -134,7 +139,11 @@ def push_folder(
             source(temporary)
             source = temporary
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=source, commit_message=commit_message, create_pr=create_pr
+            repo_id=repo_id,
+            folder_path=source,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            ignore_patterns=["README.md"] if api.file_exists(repo_id, "README.md") else None,
         )
     return commit.commit_url
 

@@ -1,5 +1,7 @@
 """Loading that never leaves a weight at random: what a checkpoint lacks is an error."""
 
+import torch
+
 
 class StrictLoadingMixin:
     """Mixin, written before `PreTrainedModel` in the bases: `from_pretrained` raises where weights are missing.
@@ -17,6 +19,9 @@ class StrictLoadingMixin:
             OSError: the folder or repository is no checkpoint (no `config.json`, no weights file).
             ValueError: the checkpoint lacks weights of this class, or has them in another shape; the keys are named.
         """
+        if "dtype" in kwargs and kwargs["dtype"] is None:
+            # diffusers hands on what its user left open, and means single precision by it
+            kwargs["dtype"] = torch.float32
         output_loading_info = kwargs.pop("output_loading_info", False)
         accept_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(

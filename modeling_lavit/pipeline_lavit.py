@@ -139,6 +139,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
@@ -148,11 +149,16 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
 
         Args:
             save_directory: created if it does not exist.
-            variant: goes into the names of the weight files ("fp16").
+            safe_serialization: always true: weights are saved as safetensors only.
+            variant: goes into the names of diffusers' weight files ("fp16"); the model's are looked up without.
             max_shard_size: largest weight file ("5GB").
             push_to_hub: also upload the folder; `kwargs` are those of [`~LavitPipeline.push_to_hub`], `repo_id` is the
                 folder's name by default.
         """
+        if not safe_serialization:
+            raise ValueError("weights are saved as safetensors only, safe_serialization=False is not possible")
+        if kwargs and not push_to_hub:
+            raise ValueError(f"{sorted(kwargs)} have a meaning with push_to_hub=True only")
         save_folder(self, save_directory, variant=variant, max_shard_size=max_shard_size)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))

@@ -7,9 +7,7 @@ import torch
 from PIL import Image
 
 
-def show_kept_patches(
-    image: Image.Image, keep_mask: torch.Tensor, size: int = 480, dim: float = 0.85
-) -> Image.Image:
+def show_kept_patches(image: Image.Image, keep_mask: torch.Tensor, size: int = 480, dim: float = 0.85) -> Image.Image:
     """The picture as the model sees it, a square, with dropped patches faded to grey.
 
     Args:

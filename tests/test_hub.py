@@ -47,6 +47,11 @@ import numpy, torch, transformers
 from diffusers import DiffusionPipeline
 
 source, only_model, save_to = json.loads(sys.argv[1])
+try:
+    DiffusionPipeline.from_pretrained(source)
+    refused = False
+except ValueError as error:
+    refused = "trust_remote_code" in str(error)
 trust = {"trust_remote_code": True}
 classes = {}
 for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM",
@@ -65,7 +70,7 @@ if save_to and save_to.startswith("hub:"):
 elif save_to:
     (draw if save_to.endswith("task") else pipe).save_pretrained(save_to)
 package = [name for name, module in sys.modules.items() if name.startswith("modeling_lavit") and module]
-print("RESULT" + json.dumps([classes, by_task, by_pipeline, package]))
+print("RESULT" + json.dumps([classes, by_task, by_pipeline, refused, package]))
 """
 
 WITH_PACKAGE = """
@@ -75,6 +80,7 @@ from modeling_lavit import LavitPipeline
 
 pipe = LavitPipeline.from_pretrained(sys.argv[2])
 pipe.push_to_hub("group/pipeline", commit_message="First")
+pipe.push_to_hub("group/edited")
 pipe.model.push_to_hub("group/model")
 pipe.processor.push_to_hub("group/model")
 """
@@ -132,7 +138,7 @@ def run(script: str, *arguments: str, home: Path, **environment: str) -> str:
 def check_fresh(drawn: list, source: str, home: Path, save_to: str = "", only_model: str = "", **environment: str):
     arguments = json.dumps([str(source), only_model, str(save_to)])
     output = run(FRESH_PROCESS, arguments, home=home, **environment)
-    classes, by_task, by_pipeline, package = json.loads(output.split("RESULT")[1])
+    classes, by_task, by_pipeline, refused, package = json.loads(output.split("RESULT")[1])
     generation = "transformers_modules.LavitForConditionalGeneration"
     assert classes == {
         "AutoModel": "transformers_modules.LavitModel",
@@ -144,7 +150,7 @@ def check_fresh(drawn: list, source: str, home: Path, save_to: str = "", only_mo
     }
     assert by_task == drawn
     assert by_pipeline == drawn
-    assert package == []
+    assert refused and package == []
 
 
 def test_the_folder_has_the_files_of_both_libraries_and_no_pickle(folder):
@@ -209,6 +215,29 @@ def test_a_dtype_goes_to_every_model(folder):
     assert {loaded.model.dtype, loaded.unet.dtype, loaded.vae.dtype} == {torch.bfloat16}
 
 
+def test_half_precision_files_load_in_single_precision_unless_asked_otherwise(folder, tmp_path):
+    LavitPipeline.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype == torch.float16
+    loaded = LavitPipeline.from_pretrained(tmp_path)
+    parts = (loaded.model, loaded.detokenizer, loaded.unet, loaded.vae)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert LavitPipeline.from_pretrained(tmp_path, dtype=torch.float16).model.dtype == torch.float16
+
+
+def test_a_variant_loads_again(folder, drawn, tmp_path):
+    LavitPipeline.from_pretrained(folder).save_pretrained(tmp_path, variant="mine")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.mine.safetensors").is_file()
+    assert draw(LavitPipeline.from_pretrained(tmp_path, variant="mine")) == drawn
+
+
+def test_only_safetensors_are_written(pipe, tmp_path):
+    with pytest.raises(ValueError, match="safetensors only"):
+        pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(ValueError, match="push_to_hub=True only"):
+        pipe.save_pretrained(tmp_path / "misspelt", max_shard_sise="1GB")
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_was_loaded_can_be_saved_and_loaded_again(folder, drawn, tmp_path):
     LavitPipeline.from_pretrained(folder).save_pretrained(tmp_path / "first", max_shard_size="100kB")
     assert (tmp_path / "first" / "model.safetensors.index.json").is_file()
@@ -237,20 +266,19 @@ def test_a_file_is_no_place_for_a_folder(pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "taken")
 
 
-def test_without_the_package_the_folder_loads_is_saved_and_loads_again(folder, drawn, tmp_path):
+def test_without_the_package_the_folder_loads_is_saved_and_serves_an_offline_cache(folder, drawn, tmp_path):
     check_fresh(drawn, folder, tmp_path / "home1", save_to=tmp_path / "saved-by-task")
-    check_fresh(drawn, tmp_path / "saved-by-task", tmp_path / "home2", save_to=tmp_path / "saved-by-pipeline")
-    first, last = (
-        json.loads((path / "model_index.json").read_text()) for path in (folder, tmp_path / "saved-by-pipeline")
-    )
-    assert first == last
-    assert (tmp_path / "saved-by-pipeline" / "README.md").read_text() == (folder / "README.md").read_text()
-    assert draw(LavitPipeline.from_pretrained(tmp_path / "saved-by-pipeline")) == drawn
+    fill_cache(tmp_path / "home2" / "hub" / "models--group--tiny", tmp_path / "saved-by-task")
+    last = tmp_path / "saved-by-pipeline"
+    check_fresh(drawn, "group/tiny", tmp_path / "home2", save_to=last)
+    for name in ("model_index.json", "README.md", "hub_entry_lavit.py", "processor_config.json"):
+        assert (last / name).read_text() == (folder / name).read_text(), name
+    assert draw(LavitPipeline.from_pretrained(last)) == drawn
 
 
-def test_without_the_package_an_offline_cache_serves_the_repository_by_name(folder, drawn, tmp_path):
+def fill_cache(repository: Path, folder: Path):
+    """Writes `folder` as huggingface_hub would have cached it."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "home" / "hub" / "models--group--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     (repository / "blobs").mkdir()
@@ -262,12 +290,12 @@ def test_without_the_package_an_offline_cache_serves_the_repository_by_name(fold
             link = repository / "snapshots" / commit / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(blob, link.parent))
-    check_fresh(drawn, "group/tiny", tmp_path / "home")
 
 
 def test_what_is_pushed_arrives_and_loads_from_the_hub(folder, drawn, tmp_path):
     checkout = str(Path(modeling_lavit.__file__).parent.parent)
     with HubServer() as hub:
+        hub.repositories["group/edited"] = {"README.md": b"written by hand"}
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_nobody"}
         run(WITH_PACKAGE, checkout, str(folder), home=tmp_path / "sender", **online)
         pushed = hub.repositories["group/pipeline"]
@@ -275,6 +303,7 @@ def test_what_is_pushed_arrives_and_loads_from_the_hub(folder, drawn, tmp_path):
         assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
         assert pushed["README.md"] == (folder / "README.md").read_bytes()
         assert [commit["summary"] for commit in hub.commits][0] == "First"
+        assert hub.repositories["group/edited"] == {**pushed, "README.md": b"written by hand"}
         assert {"model.safetensors", "tokenizer.json", "modeling_lavit.py"} <= set(hub.repositories["group/model"])
         assert not any("unet" in name for name in hub.repositories["group/model"])
 

@@ -6,13 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import TEXT_VOCAB_SIZE, tiny_config, tiny_images, tiny_model, tiny_text_config
+from tiny import (
+    BOI,
+    CODE,
+    EOI,
+    TEXT_VOCAB_SIZE,
+    left_padded,
+    right_padded,
+    tiny_config,
+    tiny_images,
+    tiny_model,
+    tiny_text_config,
+)
 from transformers import AutoModel, AutoModelForImageTextToText, LlamaForCausalLM, StaticCache
 
 from modeling_lavit import LavitForConditionalGeneration, LavitModel, LavitVisualTokenizer
 
 
-BOI, EOI, CODE = TEXT_VOCAB_SIZE, TEXT_VOCAB_SIZE + 1, TEXT_VOCAB_SIZE + 2
 LIFT = {r"^model\.language_model\.": "model."}
 
 
@@ -26,20 +36,6 @@ def folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(path)
     return path
-
-
-def left_padded(rows):
-    longest = max(map(len, rows))
-    ids = torch.tensor([[7] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def right_padded(rows):
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [7] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def test_a_slot_is_filled_with_the_projected_features_of_its_picture(model):

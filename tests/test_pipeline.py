@@ -136,6 +136,19 @@ def test_a_batch_of_multimodal_prompts_equals_its_prompts_one_by_one(highres):
         assert torch.equal(row, highres.generate_visual_tokens(prompts[i : i + 1], generator=seed(i)).codes)
 
 
+def test_reference_compat_reaches_the_processor_and_the_language_model(highres):
+    prompt = [picture(), "a red apple on the table is it big"]
+    got = highres.generate_visual_tokens(prompt, generator=seed(0), reference_compat=True)
+    inputs = highres.processor(
+        images=[prompt[0]], text="<image>" + prompt[1], generation_mode="image", reference_compat=True
+    )
+    ids = highres.model.generate(
+        **inputs, generation_mode="image", guidance_scale=4.0, generator=seed(0), reference_compat=True
+    )
+    assert torch.equal(got.codes, highres.model.decode_image_tokens(ids)[0])
+    assert not torch.equal(got.codes, highres.generate_visual_tokens(prompt, generator=seed(0)).codes)
+
+
 def test_a_picture_alone_is_a_prompt(highres):
     assert len(highres(picture(), generator=seed(0)).images) == 1
 

@@ -15,6 +15,8 @@ from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
 
 TEXT_VOCAB_SIZE = 300
 CODEBOOK_SIZE = 24
+# [IMG], [/IMG], the id of code 0, and the number of ids
+BOI, EOI, CODE, END = TEXT_VOCAB_SIZE, TEXT_VOCAB_SIZE + 1, TEXT_VOCAB_SIZE + 2, TEXT_VOCAB_SIZE + 2 + CODEBOOK_SIZE
 CODEBOOK_DIM = 8
 IMAGE_SIZE = 16
 NUM_PATCHES = 16
@@ -136,6 +138,26 @@ def tiny_processor():
 def tiny_images(count: int, seed: int = 0) -> torch.Tensor:
     """Normalised pixels, (count, 3, 16, 16)."""
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def left_padded(rows: list[list[int]], pad: int = 2) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of uneven rows."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def right_padded(rows: list[list[int]], pad: int = 2) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of uneven rows."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def tiny_detokenizer(seed: int = 0, **overrides):

@@ -15,20 +15,30 @@ class PictureDataset(torch.utils.data.Dataset):
         folder: image folder that `datasets` reads.
         image_size: side in pixels to which the image processor resizes.
         splits: values of the `split` column to keep.
+        repeat: how often the pictures of a category come in an epoch (the `category` column); once if not named.
 
     Items are `{"index": (), "pictures": (3, S, S) uint8, "name": (), "style": ()}`, `name` and `style` being
     indices into `names` and `styles`, which list those of the whole folder whatever the split.
     """
 
-    def __init__(self, folder: str, image_size: int, splits: tuple[str, ...] = ("train",)):
-        rows = load_dataset("imagefolder", data_dir=folder, split="train")
+    def __init__(
+        self,
+        folder: str,
+        image_size: int,
+        splits: tuple[str, ...] = ("train",),
+        repeat: dict[str, int] | None = None,
+    ):
+        rows = load_dataset(
+            "imagefolder", data_files={"train": f"{folder}/**"}, split="train"
+        )  # no split by file names
         self.names = sorted(set(rows["name"]))
         self.styles = sorted(set(rows["style"]))
         wanted = [i for i, split in enumerate(rows["split"]) if split in splits]
         if not wanted:
             raise ValueError(f"{folder} has no picture whose split is one of {splits}")
         rows = rows.select(wanted)
-        self.split = list(rows["split"])
+        repeat = repeat or {}
+        self.order = [i for i, category in enumerate(rows["category"]) for _ in range(repeat.get(category, 1))]
         processor = LavitImageProcessor(
             size={"height": image_size, "width": image_size}, do_normalize=False, do_rescale=False
         )
@@ -44,9 +54,10 @@ class PictureDataset(torch.utils.data.Dataset):
         )
 
     def __len__(self) -> int:
-        return len(self.name)
+        return len(self.order)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        index = self.order[position]
         return {
             "index": torch.tensor(index),
             "pictures": self.pictures[index],
@@ -106,3 +117,8 @@ def normalize_pictures(pictures: torch.Tensor) -> torch.Tensor:
 def patchify(pictures: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B, 3, S, S) to (B, N, 3·p²), patches in row-major order."""
     return F.pixel_unshuffle(pictures, patch_size).flatten(2).transpose(1, 2)
+
+
+def load_pictures(data: dict, image_size: int) -> PictureDataset:
+    """The pictures of a recipe's `data` section."""
+    return PictureDataset(data["folder"], image_size, tuple(data["splits"]), data["repeat"])

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_model
+from safetensors.torch import load_file, save_model
 
 from ..configuration_lavit import LavitVisualTokenizerConfig
 from ..modeling_lavit_visual_tokenizer import build_encoder
-from .data import PictureDataset, augment, normalize_pictures, patchify
+from .data import PictureDataset, augment, load_pictures, normalize_pictures, patchify
 
 
 class NameEncoder(nn.Module):
@@ -65,24 +65,35 @@ class PictureHeads(nn.Module):
 class EncoderPretraining(nn.Module):
     """Encoder and heads, with their losses."""
 
-    def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int, augmentation: dict):
+    def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int, recipe: dict):
         super().__init__()
+        self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
         self.config = config
-        self.augmentation = augmentation
         self.encoder = build_encoder(config)
         self.heads = PictureHeads(config, names, num_styles)
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) in [0, 1] to patch features (B, N, C)."""
+    def features(self, pictures: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Features (B, M, C) of the patches (B, M) of pictures (B, 3, S, S) in [0, 1]; the others are not seen."""
         embeddings = self.encoder.embeddings(normalize_pictures(pictures))
+        patches = (patches + 1)[..., None].expand(-1, -1, embeddings.shape[-1])
+        embeddings = torch.cat([embeddings[:, :1], embeddings.gather(1, patches)], dim=1)
         return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
+
+    def visible_patches(self, batch: int, progress: float) -> torch.Tensor:
+        """The patches (B, M) that are seen: a random share, which regularises and saves time, until `dropout_until`."""
+        order = torch.rand(batch, self.config.num_patches).argsort(1)
+        if not self.training or progress >= self.recipe["dropout_until"]:
+            return order.sort(1).values
+        return order[:, : round((1 - self.recipe["patch_dropout"]) * self.config.num_patches)]
 
     def forward(self, pictures, name, style, index, progress: float = 1.0):
         pictures = pictures.float() / 255
         if self.training:
             pictures = augment(pictures, **self.augmentation)
-        name_logits, style_logits, pixels = self.heads(self.features(pictures))
+        patches = self.visible_patches(len(pictures), progress)
+        name_logits, style_logits, pixels = self.heads(self.features(pictures, patches))
         target = patchify(pictures * 2 - 1, self.config.patch_size)
+        target = target.gather(1, patches[..., None].expand(-1, -1, target.shape[-1]))
         losses = {
             "name_loss": F.cross_entropy(name_logits.float(), name, label_smoothing=0.1),
             "style_loss": F.cross_entropy(style_logits.float(), style, label_smoothing=0.1),
@@ -98,9 +109,13 @@ class EncoderPretraining(nn.Module):
 
 
 def build(recipe: dict):
-    config = LavitVisualTokenizerConfig(**recipe["model"])
-    dataset = PictureDataset(recipe["data"]["folder"], config.image_size, tuple(recipe["data"]["splits"]))
-    model = EncoderPretraining(config, dataset.names, len(dataset.styles), recipe["augmentation"])
+    config = LavitVisualTokenizerConfig(**recipe["model"], attn_implementation="eager")
+    dataset = load_pictures(recipe["data"], config.image_size)
+    model = EncoderPretraining(config, dataset.names, len(dataset.styles), recipe)
+    if recipe["start"]:
+        known = model.state_dict()
+        start = {key: value for key, value in load_file(recipe["start"]).items() if value.shape == known[key].shape}
+        model.load_state_dict(start, strict=False)
     return model, dataset, []
 
 
@@ -113,11 +128,11 @@ def finish(model: EncoderPretraining, dataset: PictureDataset, recipe: dict, out
     for split in ("train", "held_out"):
         pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))
         totals = torch.zeros(3)
-        for start in range(0, len(pictures), 64):
+        for start in range(0, len(pictures.name), 64):
             rows = slice(start, start + 64)
             batch = {"pictures": pictures.pictures[rows], "name": pictures.name[rows], "style": pictures.style[rows]}
             metrics = model(**batch, index=None)["metrics"]
-            weight = len(batch["name"]) / len(pictures)
+            weight = len(batch["name"]) / len(pictures.name)
             totals += weight * torch.stack([metrics["name_top1"], metrics["style_top1"], metrics["pixel_loss"]])
         psnr = -10 * (totals[2] / 4).log10()
         print(f"{split}: name top-1 {totals[0]:.3f}, style top-1 {totals[1]:.3f}, linear pixels {psnr:.1f} dB")

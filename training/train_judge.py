@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..evaluation.judge import Judge
-from .data import PictureDataset, augment
+from .data import PictureDataset, augment, load_pictures
 
 
 class JudgeTraining(nn.Module):
@@ -40,7 +40,7 @@ class JudgeTraining(nn.Module):
 
 def build(recipe: dict):
     size = recipe["model"]["image_size"]
-    dataset = PictureDataset(recipe["data"]["folder"], size, tuple(recipe["data"]["splits"]))
+    dataset = load_pictures(recipe["data"], size)
     return JudgeTraining(Judge(dataset.names, dataset.styles, size), recipe["augmentation"]), dataset, []
 
 

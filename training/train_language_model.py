@@ -19,7 +19,7 @@ from ..configuration_lavit import LavitConfig
 from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitImageProcessor, LavitProcessor
-from .data import PictureDataset, augment, normalize_pictures
+from .data import PictureDataset, augment, load_pictures, normalize_pictures
 from .text import drawing_prompt, question_prompt, restyling_prompt, sentences, train_text_tokenizer
 
 
@@ -58,7 +58,8 @@ class PictureSamples(torch.utils.data.Dataset):
             self.processor.eoi_token_id
         ]
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, position: int) -> dict:
+        index = self.pictures.order[position]
         task = random.choices(self.tasks, self.probabilities)[0]
         name = self.pictures.names[self.pictures.name[index]]
         style = self.pictures.styles[self.pictures.style[index]]
@@ -154,7 +155,7 @@ def build(recipe: dict):
         Path(recipe["tokenizer"]) / "visual_tokenizer", attn_implementation="eager"
     )
     visual_config = visual_tokenizer.config
-    pictures = PictureDataset(recipe["data"]["folder"], visual_config.image_size, tuple(recipe["data"]["splits"]))
+    pictures = load_pictures(recipe["data"], visual_config.image_size)
     text_config = LlamaConfig(**recipe["text_model"])
     text_tokenizer = train_text_tokenizer(
         sentences(pictures.names, pictures.styles), recipe["text_vocab_size"], text_config.max_position_embeddings

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -18,7 +19,7 @@ from ..autoencoder_lavit import LavitPatchAutoencoder
 from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerConfig
 from ..modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutput
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from .data import PictureDataset, augment, normalize_pictures
+from .data import PictureDataset, augment, load_pictures, normalize_pictures
 
 
 class PixelDecoderTraining(nn.Module):
@@ -68,8 +69,7 @@ class PixelDecoderTraining(nn.Module):
     def forward(self, pictures, name, style, index, progress: float = 1.0):
         pictures = augment(pictures.float() / 255, **self.augmentation)
         latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode() * self.vae.config.scaling_factor
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe["bf16_conditions"]):
-            condition = self.conditions(pictures)
+        condition = self.conditions(pictures)
         batch, size = len(pictures), pictures.shape[-1]
         keep = (torch.rand(batch) >= self.recipe["condition_dropout"]).float()
         time_ids = latents.new_tensor([size, size, 0, 0, size, size]).expand(batch, -1)
@@ -83,9 +83,9 @@ class PixelDecoderTraining(nn.Module):
                 "text_embeds": condition.pooled_prompt_embeds.float() * keep[:, None],
                 "time_ids": time_ids,
             },
-        ).sample
+        ).sample.float()
         kind = self.scheduler.config.prediction_type
-        variance = 1 - self.scheduler.alphas_cumprod[timesteps]
+        variance = 1 - self.scheduler.alphas_cumprod[timesteps]  # of the noise
         if kind == "sample":
             target, weight = latents, (1 / variance).clamp(max=self.recipe["max_weight"])
         elif kind == "epsilon":
@@ -108,7 +108,7 @@ class AverageCallback(TrainerCallback):
 
 def build(recipe: dict):
     config = LavitVisualTokenizerConfig(**recipe["model"])
-    dataset = PictureDataset(recipe["data"]["folder"], config.image_size, tuple(recipe["data"]["splits"]))
+    dataset = load_pictures(recipe["data"], config.image_size)
     if recipe["objective"]["condition"] == "features":
         tokenizer = LavitVisualTokenizer._from_config(config, attn_implementation="eager")
         pretrained = load_file(recipe["encoder"])
@@ -126,6 +126,7 @@ def build(recipe: dict):
     vae.fit(dataset.pictures.float() / 127.5 - 1)
     scheduler = DDIMScheduler(**recipe["scheduler"])
     unet = UNet2DConditionModel(**recipe["unet"])
+    unet.set_attn_processor(AttnProcessor())  # the backward of fused attention is slow on CPUs
     if recipe["start"]:
         start = load_file(recipe["start"])
 

@@ -20,7 +20,7 @@ from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerCo
 from ..modeling_lavit_detokenizer import LavitDetokenizer
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from .codebook import EMACodebook
-from .data import PictureDataset, augment, normalize_pictures, patchify
+from .data import PictureDataset, augment, load_pictures, normalize_pictures, patchify
 from .pretrain_encoder import PictureHeads
 
 
@@ -168,7 +168,7 @@ class VisualTokenizerTraining(nn.Module):
 
 def build(recipe: dict):
     config = LavitVisualTokenizerConfig(**recipe["model"])
-    dataset = PictureDataset(recipe["data"]["folder"], config.image_size, tuple(recipe["data"]["splits"]))
+    dataset = load_pictures(recipe["data"], config.image_size)
     tokenizer = LavitVisualTokenizer._from_config(config, attn_implementation="eager")
     detokenizer = LavitDetokenizer._from_config(
         LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation="eager"
@@ -192,9 +192,9 @@ def finish(model: VisualTokenizerTraining, dataset: PictureDataset, recipe: dict
     for split in ("train", "held_out"):
         pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))
         totals = {}
-        for start in range(0, len(pictures), 64):
+        for start in range(0, len(pictures.name), 64):
             rows = slice(start, start + 64)
             batch = (pictures.pictures[rows], pictures.name[rows], pictures.style[rows])
             for key, value in model(*batch, index=None)["metrics"].items():
-                totals[key] = totals.get(key, 0.0) + float(value) * len(batch[1]) / len(pictures)
+                totals[key] = totals.get(key, 0.0) + float(value) * len(batch[1]) / len(pictures.name)
         print(split, {key: round(value, 4) for key, value in totals.items()})

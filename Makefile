@@ -1,0 +1,56 @@
+# `make demo` and `make test` do all the set-up themselves; they need make, Python 3.11 or newer, and pip's packages.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTHONS := $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11 python
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+MODEL := checkpoints/lavit-emoji
+JOBS := 2
+
+.PHONY: help demo test style
+
+help:
+	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
+	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
+	@echo "make style   set up, then check the style"
+
+demo: export OMP_NUM_THREADS ?= 2
+demo: export HF_HUB_OFFLINE := 1
+demo: export TRANSFORMERS_VERBOSITY := error
+demo: export DIFFUSERS_VERBOSITY := error
+demo: $(INSTALLED)
+	@$(BIN)/python examples/demo.py $(MODEL) outputs
+
+# each test file in one process, one thread for each process
+test: export OMP_NUM_THREADS := 1
+test: export HF_HUB_OFFLINE := 1
+test: export TOKENIZERS_PARALLELISM := false
+test: TESTS := tests
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+
+style: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch first and alone: the one package with several builds of a version; pip's own settings choose the build
+$(INSTALLED): constraints.txt setup.py
+	@set -e; \
+	if ! $(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    python=; \
+	    for candidate in $(PYTHONS); do \
+	        if [ -z "$$python" ] && $$candidate -c '$(NEW_ENOUGH)' 2>/dev/null; then python=$$candidate; fi; \
+	    done; \
+	    if [ -z "$$python" ]; then \
+	        echo "LaVIT needs Python 3.11 or newer (transformers 5 and diffusers do); found none of: $(PYTHONS)." >&2; \
+	        echo "Install it, or name one: make PYTHON=/path/to/python3.11" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "creating $(VENV) with $$python"; \
+	    $$python -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	fi; \
+	echo "installing the versions of constraints.txt into $(VENV) (minutes the first time)"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'; \
+	touch $@
