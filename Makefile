@@ -15,7 +15,7 @@ help:
 	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
 	@echo "make style   set up, then check the style"
 
-demo: export OMP_NUM_THREADS ?= 2
+demo: export OMP_NUM_THREADS ?= 1
 demo: export HF_HUB_OFFLINE := 1
 demo: export TRANSFORMERS_VERBOSITY := error
 demo: export DIFFUSERS_VERBOSITY := error

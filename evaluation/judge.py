@@ -42,11 +42,23 @@ class Judge(nn.Module):
         self.name_head = nn.Linear(192, len(names))
         self.style_head = nn.Linear(192, len(styles))
 
+    def feature_maps(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of the residual blocks, (B, channels, S / 2^i, S / 2^i)."""
+        maps, hidden = [], pictures * 2 - 1
+        for block in self.body:
+            hidden = block(hidden)
+            maps.append(hidden)
+        return maps
+
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if tuple(pictures.shape[1:]) != (3, self.image_size, self.image_size):
             size = self.image_size
             raise ValueError(f"the judge takes (batch, 3, {size}, {size}) in [0, 1], got {tuple(pictures.shape)}")
-        pooled = self.body(pictures * 2 - 1).mean((2, 3))
+        return self.classify(self.feature_maps(pictures)[-1])
+
+    def classify(self, last_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last feature map to name logits and style logits."""
+        pooled = last_map.mean((2, 3))
         return self.name_head(pooled), self.style_head(pooled)
 
     @torch.no_grad()

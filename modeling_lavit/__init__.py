@@ -25,6 +25,7 @@ from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer, LavitVisualTo
 from .pipeline_lavit import LavitPipeline  # noqa: E402
 from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
 from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
+from .unet_lavit import LavitUNet2DConditionModel  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ register_classes(
     image_processor=LavitImageProcessor,
     processor=LavitProcessor,
     pipeline=LavitPipeline,
+    unet=LavitUNet2DConditionModel,
     vae=LavitPatchAutoencoder,
 )
 load_without_flag(LavitPipeline)
@@ -51,9 +53,11 @@ __all__ = [
     "LavitForConditionalGeneration",
     "LavitImageProcessor",
     "LavitModel",
+    "LavitPatchAutoencoder",
     "LavitPipeline",
     "LavitProcessor",
     "LavitTextToImagePipeline",
+    "LavitUNet2DConditionModel",
     "LavitVisualTokenizer",
     "LavitVisualTokenizerConfig",
     "LavitVisualTokens",

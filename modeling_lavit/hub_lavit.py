@@ -39,7 +39,7 @@ TEXT_TO_IMAGE = {
 
 
 def register_classes(
-    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, vae
+    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, unet, vae
 ):
     """Makes classes known to the Auto classes, to `save_pretrained` (it then copies their code) and to diffusers."""
     for model_class in (model, visual_tokenizer, detokenizer):
@@ -59,7 +59,10 @@ def register_classes(
     image_processor.register_for_auto_class()
     processor.register_for_auto_class()
     # diffusers looks the components' classes up in the two libraries
-    for library, classes in ((transformers, (generation_model, detokenizer, processor)), (diffusers, (pipeline, vae))):
+    for library, classes in (
+        (transformers, (generation_model, detokenizer, processor)),
+        (diffusers, (pipeline, unet, vae)),
+    ):
         for known in classes:
             setattr(library, known.__name__, known)
 
@@ -197,6 +200,7 @@ def _entry(pipe, code: set[Path]) -> str:
         "image_processor": type(pipe.processor.image_processor),
         "processor": type(pipe.processor),
         "pipeline": type(pipe),
+        "unet": type(pipe.unet),
         "vae": type(pipe.vae),
     }
     lines = ['"""Where diffusers begins: it copies what this file imports, and finds what is registered here."""', ""]

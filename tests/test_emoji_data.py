@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from modeling_lavit.training import emoji
 from PIL import Image
+
+from modeling_lavit.training import emoji
+
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "tests" / "fixtures" / "emoji"

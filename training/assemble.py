@@ -5,17 +5,19 @@ name=value …]`
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 import yaml
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 
 from ..autoencoder_lavit import LavitPatchAutoencoder
 from ..modeling_lavit import LavitForConditionalGeneration
 from ..modeling_lavit_detokenizer import LavitDetokenizer
 from ..pipeline_lavit import LavitPipeline
 from ..processing import LavitProcessor
+from ..unet_lavit import LavitUNet2DConditionModel
 
 
 def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defaults: dict) -> LavitPipeline:
@@ -29,11 +31,27 @@ def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defa
         processor=LavitProcessor.from_pretrained(language_model),
         model=model,
         detokenizer=detokenizer,
-        unet=UNet2DConditionModel.from_pretrained(pixel_decoder / "unet", torch_dtype=dtype),
+        unet=LavitUNet2DConditionModel.from_pretrained(pixel_decoder / "unet", torch_dtype=dtype),
         vae=LavitPatchAutoencoder.from_pretrained(pixel_decoder / "vae", torch_dtype=dtype),
         scheduler=DDIMScheduler.from_pretrained(pixel_decoder / "scheduler"),
         **{f"default_{name}": value for name, value in defaults.items()},
     )
+
+
+def load_in_float32(folder: Path) -> None:
+    """Makes float32 the type in which half-precision files are loaded by default: what a CPU computes well."""
+
+    def change(values: dict) -> None:
+        for key, value in values.items():
+            if key == "dtype" and value == "float16":
+                values[key] = "float32"
+            elif isinstance(value, dict):
+                change(value)
+
+    for path in (folder / "config.json", folder / "detokenizer" / "config.json"):
+        config = json.loads(path.read_text())
+        change(config)
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
@@ -45,6 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     defaults = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in options.default)}
     assemble(options.language_model, options.pixel_decoder, torch.float16, defaults).save_pretrained(options.output)
+    load_in_float32(options.output)
 
 
 if __name__ == "__main__":

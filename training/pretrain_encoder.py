@@ -1,9 +1,10 @@
 """Stage 0: an encoder for the tokenizer to look through, where no pretrained vision tower fits (the embedded
 checkpoint).
 
-Losses: contrast of the pooled features with all names of the data set (a text tower that averages word embeddings),
-a style classification, and a linear reconstruction of every patch's pixels from its own feature, so that features
-keep both what a picture shows and how it looks.
+Losses: contrast of the pooled features with all names of the data set (a text tower that averages word embeddings), a
+style classification, a linear reconstruction of every patch's pixels from its own feature, so that features keep both
+what a picture shows and how it looks; and imitation of a guide, a convolutional classifier of the same training
+pictures, in its names and its feature maps: a small vision transformer alone hardly generalises over styles.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_model
 
 from ..configuration_lavit import LavitVisualTokenizerConfig
+from ..evaluation.judge import Judge
 from ..modeling_lavit_visual_tokenizer import build_encoder
 from .data import PictureDataset, augment, load_pictures, normalize_pictures, patchify
 
@@ -65,12 +67,29 @@ class PictureHeads(nn.Module):
 class EncoderPretraining(nn.Module):
     """Encoder and heads, with their losses."""
 
+    guide_channels = (64, 128)
+
     def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int, recipe: dict):
         super().__init__()
+        guide = recipe["guide"]
         self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
         self.config = config
         self.encoder = build_encoder(config)
         self.heads = PictureHeads(config, names, num_styles)
+        self.guide = Judge.load(guide).requires_grad_(False)
+        if self.guide.names != names:
+            raise ValueError(f"the guide {guide} knows other names than the data set")
+        self.guide_maps = nn.Linear(config.hidden_size, sum(self.guide_channels))
+
+    @torch.no_grad()
+    def guidance(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The guide's name logits (B, L), and its second and third feature maps at every patch (B, N, 64 + 128)."""
+        self.guide.eval()
+        maps = self.guide.feature_maps(pictures)
+        side = self.config.image_size // self.config.patch_size
+        at_patches = [F.interpolate(x.float(), size=side).flatten(2).transpose(1, 2) for x in maps[1:3]]
+        at_patches = [F.layer_norm(x, x.shape[-1:]) for x in at_patches]
+        return self.guide.classify(maps[-1])[0].float(), torch.cat(at_patches, dim=-1)
 
     def features(self, pictures: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Features (B, M, C) of the patches (B, M) of pictures (B, 3, S, S) in [0, 1]; the others are not seen."""
@@ -80,7 +99,7 @@ class EncoderPretraining(nn.Module):
         return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
 
     def visible_patches(self, batch: int, progress: float) -> torch.Tensor:
-        """The patches (B, M) that are seen: a random share, which regularises and saves time, until `dropout_until`."""
+        """The patches (B, M) that are seen: a random share, which regularises, until `dropout_until`."""
         order = torch.rand(batch, self.config.num_patches).argsort(1)
         if not self.training or progress >= self.recipe["dropout_until"]:
             return order.sort(1).values
@@ -91,7 +110,10 @@ class EncoderPretraining(nn.Module):
         if self.training:
             pictures = augment(pictures, **self.augmentation)
         patches = self.visible_patches(len(pictures), progress)
-        name_logits, style_logits, pixels = self.heads(self.features(pictures, patches))
+        features = self.features(pictures, patches)
+        name_logits, style_logits, pixels = self.heads(features)
+        guide_logits, guide_maps = self.guidance(pictures)
+        guide_maps = guide_maps.gather(1, patches[..., None].expand(-1, -1, guide_maps.shape[-1]))
         target = patchify(pictures * 2 - 1, self.config.patch_size)
         target = target.gather(1, patches[..., None].expand(-1, -1, target.shape[-1]))
         losses = {
@@ -99,7 +121,15 @@ class EncoderPretraining(nn.Module):
             "style_loss": F.cross_entropy(style_logits.float(), style, label_smoothing=0.1),
             "pixel_loss": F.mse_loss(pixels.float(), target),
         }
-        loss = losses["name_loss"] + 0.7 * losses["style_loss"] + 4 * losses["pixel_loss"]
+        agreement = F.kl_div(
+            (name_logits.float() / 2).log_softmax(-1), (guide_logits / 2).softmax(-1), reduction="batchmean"
+        )
+        losses |= {
+            "guide_loss": agreement,
+            "map_loss": F.mse_loss(self.guide_maps(self.heads.norm(features)).float(), guide_maps),
+        }
+        weights = self.recipe["weights"]
+        loss = sum(weights[key.removesuffix("_loss")] * value for key, value in losses.items())
         metrics = {
             **losses,
             "name_top1": (name_logits.argmax(-1) == name).float().mean(),

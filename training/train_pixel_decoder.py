@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -19,6 +19,7 @@ from ..autoencoder_lavit import LavitPatchAutoencoder
 from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerConfig
 from ..modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutput
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from ..unet_lavit import LavitUNet2DConditionModel
 from .data import PictureDataset, augment, load_pictures, normalize_pictures
 
 
@@ -29,7 +30,7 @@ class PixelDecoderTraining(nn.Module):
         self,
         tokenizer: LavitVisualTokenizer,
         detokenizer: LavitDetokenizer,
-        unet: UNet2DConditionModel,
+        unet: LavitUNet2DConditionModel,
         vae: LavitPatchAutoencoder,
         scheduler: DDIMScheduler,
         recipe: dict,
@@ -45,12 +46,16 @@ class PixelDecoderTraining(nn.Module):
             detokenizer.requires_grad_(False)
             detokenizer.prompt_projections.requires_grad_(True)
             detokenizer.attention_pool.requires_grad_(True)
+        self.register_buffer("updates", torch.tensor(0))
         self.average = copy.deepcopy(self.trained).requires_grad_(False)
 
     @torch.no_grad()
     def update_average(self) -> None:
+        """Moves the average; faster at first, so that it does not remember the start."""
+        self.updates += 1
+        decay = min(self.recipe["ema_decay"], float((1 + self.updates) / (10 + self.updates)))
         for average, current in zip(self.average.parameters(), self.trained.parameters(), strict=True):
-            average.lerp_(current, 1 - self.recipe["ema_decay"])
+            average.lerp_(current, 1 - decay)
 
     def conditions(self, pictures: torch.Tensor) -> LavitDetokenizerOutput:
         """Pictures (B, 3, S, S) in [0, 1] to the UNet's conditions."""
@@ -64,7 +69,11 @@ class PixelDecoderTraining(nn.Module):
                 tokens = self.tokenizer.tokenize(pixel_values)
         if self.recipe["condition"] == "features":
             return detokenizer.conditions(features)
-        return detokenizer(tokens.codes, tokens.lengths)
+        corrupted = torch.rand(tokens.codes.shape) < self.recipe["code_corruption"]
+        codes = torch.where(
+            corrupted, torch.randint_like(tokens.codes, detokenizer.config.codebook_size), tokens.codes
+        )
+        return detokenizer(codes, tokens.lengths)
 
     def forward(self, pictures, name, style, index, progress: float = 1.0):
         pictures = augment(pictures.float() / 255, **self.augmentation)
@@ -125,7 +134,7 @@ def build(recipe: dict):
     vae = LavitPatchAutoencoder(**recipe["vae"])
     vae.fit(dataset.pictures.float() / 127.5 - 1)
     scheduler = DDIMScheduler(**recipe["scheduler"])
-    unet = UNet2DConditionModel(**recipe["unet"])
+    unet = LavitUNet2DConditionModel(**recipe["unet"])
     unet.set_attn_processor(AttnProcessor())  # the backward of fused attention is slow on CPUs
     if recipe["start"]:
         start = load_file(recipe["start"])

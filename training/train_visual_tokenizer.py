@@ -135,6 +135,7 @@ class VisualTokenizerTraining(nn.Module):
         patch_targets = (target - target.mean(1, keepdim=True))[kept]
         terms = {
             "cosine": (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean(),
+            "scale": F.mse_loss(rebuilt, target),
             "pixels": F.mse_loss(pixels.float(), patchify(pictures * 2 - 1, self.config.patch_size)),
             "rate": (probability.mean() - keep_rate).square(),
             "name": F.cross_entropy(name_logits.float(), name),
