@@ -31,6 +31,7 @@ setup(
     python_requires=">=3.11",
     packages=["modeling_lavit", *(f"modeling_lavit.{name}" for name in SUBPACKAGES)],
     package_dir={"modeling_lavit": "modeling_lavit", **{f"modeling_lavit.{name}": name for name in SUBPACKAGES}},
+    cmdclass={"build_py": BuildWithModelCard},
     package_data={
         "modeling_lavit.checkpoints": ["lavit-emoji/**/*"],
         "modeling_lavit.training": ["recipes/*.yaml"],

@@ -1,4 +1,7 @@
-"""The one home of the official checkpoints' key names: how each becomes one of ours (see `rename_*`)."""
+"""The one home of the official checkpoints' key names: how each becomes one of ours (see `rename_*`).
+
+All functions take and return state dicts; tensors may be on the meta device, where only shapes count.
+"""
 
 import re
 
@@ -57,6 +60,32 @@ _DETOKENIZER = [
 ]
 
 
+# official weights that have no place in our models, and why
+KNOWN_EXTRAS = {
+    r"^(encoder\.)?head\.(weight|bias)$": "the vision tower's CLIP head, which LaVIT does not use",
+    r"\.rotary_emb\.inv_freq$": "a constant that the language model computes itself",
+    r"\.position_ids$": "a constant that CLIP computes itself",
+}
+
+# attention names of diffusers before 0.17
+_VAE = [
+    (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
+    (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
+    (r"\.attentions\.0\.value\.", ".attentions.0.to_v."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+]
+
+
+def drop_known_extras(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The state dict without what has no place in our models, and why each of those keys is left out."""
+    reasons = {}
+    for key in state_dict:
+        for pattern, reason in KNOWN_EXTRAS.items():
+            if re.search(pattern, key):
+                reasons[key] = reason
+    return {key: tensor for key, tensor in state_dict.items() if key not in reasons}, reasons
+
+
 def _rename(key: str, rules: list[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
@@ -70,9 +99,10 @@ def rename_encoder(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     """
     renamed = {}
     for key, tensor in state_dict.items():
-        if key.startswith("head.") or key.endswith(".attn.v_bias"):
+        is_pair = {key.replace("v_bias", "q_bias"), key.replace("q_bias", "v_bias")} <= state_dict.keys()
+        if key.startswith("head.") or (key.endswith(".attn.v_bias") and is_pair):
             continue
-        if key.endswith(".attn.q_bias"):
+        if key.endswith(".attn.q_bias") and is_pair:
             value_bias = state_dict[key.replace("q_bias", "v_bias")]
             key = key.replace("q_bias", "qkv.bias")
             tensor = torch.cat([tensor, torch.zeros_like(tensor), value_bias])
@@ -95,3 +125,30 @@ def rename_tokenizer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 def rename_detokenizer(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Either decoder to `LavitDetokenizer` names; the codebook is not in the official file."""
     return {_rename(key, _DETOKENIZER + _BLOCK): tensor for key, tensor in state_dict.items()}
+
+
+def rename_language_model(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`LlamaForCausalLM` to its place in `LavitForConditionalGeneration`."""
+    return {re.sub(r"^model\.", "model.language_model.", key): tensor for key, tensor in state_dict.items()}
+
+
+def rename_vae(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`AutoencoderKL` of any diffusers release to today's names; 1x1 convolutions become matrices."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        new_key = _rename(key, _VAE)
+        is_matrix = new_key != key and tensor.ndim == 4
+        renamed[new_key] = tensor[:, :, 0, 0] if is_matrix else tensor
+    return renamed
+
+
+def rename_safety_checker(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`StableDiffusionSafetyChecker` to the names that transformers 5 gives CLIP's vision model."""
+    return {key.replace("vision_model.vision_model.", "vision_model."): t for key, t in state_dict.items()}
+
+
+def is_visual(key: str) -> bool:
+    """Whether a name (`encoder.` in front of the vision tower's) is one of the whole official visual tokenizer."""
+    if key.startswith("encoder."):
+        return _rename(key.removeprefix("encoder."), _ENCODER).startswith(("embeddings.", "encoder.", "post_"))
+    return key.startswith("vit_proj.") or _rename(key, _TOKENIZER) != key

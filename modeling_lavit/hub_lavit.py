@@ -23,7 +23,7 @@ from pathlib import Path
 import diffusers
 import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 
 # components that live in the folder itself, not in a folder of their own
@@ -89,12 +89,8 @@ def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max
     if folder.is_file():
         raise ValueError(f"{folder} is a file; a pipeline is saved as a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    index = {"_class_name": [ENTRY, type(pipe).__name__], "_diffusers_version": diffusers.__version__}
-    code = _code_of(type(pipe))
-    code.add(Path(sys.modules[type(pipe).__module__].__file__).with_name("pipeline_text_to_image.py"))
     for name, component in pipe.components.items():
         if component is None:
-            index[name] = [None, None]
             continue
         component = getattr(component, "_orig_mod", component)
         options = {}
@@ -103,6 +99,56 @@ def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max
             # diffusers looks for variants in the components' folders only
             options["variant"] = None if name in AT_ROOT else variant
         component.save_pretrained(folder if name in AT_ROOT else folder / name, **options)
+    _write_index_code_and_card(pipe, folder, {})
+
+
+def describe_folder(pipe, folder: str | os.PathLike, **card):
+    """Writes everything that [`save_folder`] writes but the weights: the models may be on the meta device.
+
+    Args:
+        pipe, folder: as there; the folder exists.
+        card: of [`model_card`].
+    """
+    folder = Path(folder)
+    for name, component in pipe.components.items():
+        if component is not None:
+            describe_component(component, folder if name in AT_ROOT else folder / name)
+    _write_index_code_and_card(pipe, folder, card)
+
+
+def describe_reader(model, processor, folder: str | os.PathLike, **card):
+    """As [`describe_folder`], for a model and its processor without a pixel decoder."""
+    folder = Path(folder)
+    for component in (model, processor):
+        describe_component(component, folder)
+    model_card(model, **card).save(folder / "README.md")
+
+
+def describe_component(component, folder: Path):
+    """Everything that a component's `save_pretrained` writes but weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(component, transformers.PreTrainedModel):
+        component.config.architectures = [type(component).__name__]
+        if component._auto_class is not None:
+            custom_object_save(component, folder, config=component.config)
+        component.config.save_pretrained(folder)
+        if component.can_generate():
+            component.generation_config.save_pretrained(folder)
+    elif isinstance(component, diffusers.ModelMixin):
+        component.save_config(folder)
+    else:
+        component.save_pretrained(folder)
+
+
+def _write_index_code_and_card(pipe, folder: Path, card: dict):
+    index = {"_class_name": [ENTRY, type(pipe).__name__], "_diffusers_version": diffusers.__version__}
+    code = _code_of(type(pipe))
+    code.add(Path(sys.modules[type(pipe).__module__].__file__).with_name("pipeline_text_to_image.py"))
+    for name, component in pipe.components.items():
+        if component is None:
+            index[name] = [None, None]
+            continue
+        component = getattr(component, "_orig_mod", component)
         is_diffusers = isinstance(component, diffusers.ConfigMixin)
         index[name] = ["diffusers" if is_diffusers else "transformers", type(component).__name__]
         code |= _code_of(type(component))
@@ -117,7 +163,7 @@ def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max
     config = json.loads((folder / "config.json").read_text())
     config["custom_pipelines"] = {"text-to-image": TEXT_TO_IMAGE}
     _write_json(folder / "config.json", config)
-    model_card(pipe).save(folder / "README.md")
+    model_card(pipe.model, pipe, **card).save(folder / "README.md")
 
 
 def push_folder(
@@ -161,24 +207,42 @@ def card_template() -> str:
     return importlib.import_module(f".{CARD}", __package__).TEMPLATE
 
 
-def model_card(pipe) -> ModelCard:
-    """The README of a pipeline's repository, from `model_card.md`."""
-    config, height_width = pipe.model.config, pipe.default_size
+def model_card(model, pipe=None, notice: str | None = None, lowres: bool = False, **metadata) -> ModelCard:
+    """The README of a repository, from `model_card.md`.
+
+    Args:
+        model: the language model with the visual tokenizer.
+        pipe: the pipeline, where there is a pixel decoder.
+        notice: the section on licences.
+        lowres: whether `lowres/` holds a second pixel decoder.
+        metadata: more entries of the card's head: `license`, `base_model`, ...
+    """
+    config = model.config
+    tags = ["lavit", "image-text-to-text"]
+    facts = {}
+    if pipe is not None:
+        tags += ["text-to-image", "diffusers:LavitPipeline"]
+        facts = {
+            "height": pipe.default_size[0],
+            "width": pipe.default_size[1],
+            "steps": pipe.config.default_num_inference_steps,
+            "aspect_ratios": ", ".join(pipe.config.aspect_ratios),
+        }
     return ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
-            pipeline_tag="any-to-any",
-            tags=["lavit", "text-to-image", "image-text-to-text", "diffusers:LavitPipeline"],
+            pipeline_tag="image-text-to-text" if pipe is None else "any-to-any",
+            tags=tags,
+            **metadata,
         ),
         template_str=card_template(),
-        parameters=f"{sum(p.numel() for p in pipe.model.parameters()) / 1e6:,.1f} M",
+        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M",
         codebook_size=config.visual_config.codebook_size,
         num_patches=config.visual_config.num_patches,
         input_size=config.visual_config.image_size,
-        height=height_width[0],
-        width=height_width[1],
-        steps=pipe.config.default_num_inference_steps,
-        aspect_ratios=", ".join(pipe.config.aspect_ratios),
+        notice=notice,
+        lowres=lowres,
+        **facts,
     )
 
 

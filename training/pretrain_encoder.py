@@ -7,6 +7,7 @@ what a picture shows and how it looks; and imitation of a guide, a convolutional
 pictures, in its names and its feature maps: a small vision transformer alone hardly generalises over styles.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -154,6 +155,7 @@ def finish(model: EncoderPretraining, dataset: PictureDataset, recipe: dict, out
     """Writes encoder and heads, and prints how well the held-out pictures are told."""
     output.mkdir(parents=True, exist_ok=True)
     save_model(model, output / "model.safetensors")
+    (output / "labels.json").write_text(json.dumps({"names": dataset.names, "styles": dataset.styles}))
     model.eval()
     for split in ("train", "held_out"):
         pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))

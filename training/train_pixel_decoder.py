@@ -120,7 +120,7 @@ def build(recipe: dict):
     dataset = load_pictures(recipe["data"], config.image_size)
     if recipe["objective"]["condition"] == "features":
         tokenizer = LavitVisualTokenizer._from_config(config, attn_implementation="eager")
-        pretrained = load_file(recipe["encoder"])
+        pretrained = load_file(Path(recipe["encoder"]) / "model.safetensors")
         tokenizer.encoder.load_state_dict(
             {k.removeprefix("encoder."): v for k, v in pretrained.items() if k.startswith("encoder.")}
         )
@@ -134,18 +134,15 @@ def build(recipe: dict):
     vae = LavitPatchAutoencoder(**recipe["vae"])
     vae.fit(dataset.pictures.float() / 127.5 - 1)
     scheduler = DDIMScheduler(**recipe["scheduler"])
-    unet = LavitUNet2DConditionModel(**recipe["unet"])
-    unet.set_attn_processor(AttnProcessor())  # the backward of fused attention is slow on CPUs
     if recipe["start"]:
-        start = load_file(recipe["start"])
-
-        def part(prefix):
-            return {k.removeprefix(prefix): v for k, v in start.items() if k.startswith(prefix)}
-
-        unet.load_state_dict(part("average.unet."))
-        readout = ("prompt_projections", "attention_pool")
-        for name in readout:
-            getattr(detokenizer, name).load_state_dict(part(f"average.detokenizer.{name}."))
+        start = Path(recipe["start"])
+        unet = LavitUNet2DConditionModel.from_pretrained(start / "unet")
+        readout = LavitDetokenizer.from_pretrained(start / "detokenizer")
+        detokenizer.prompt_projections.load_state_dict(readout.prompt_projections.state_dict())
+        detokenizer.attention_pool.load_state_dict(readout.attention_pool.state_dict())
+    else:
+        unet = LavitUNet2DConditionModel(**recipe["unet"])
+    unet.set_attn_processor(AttnProcessor())  # the backward of fused attention is slow on CPUs
     model = PixelDecoderTraining(tokenizer, detokenizer, unet, vae, scheduler, recipe)
     return model, dataset, [AverageCallback()]
 

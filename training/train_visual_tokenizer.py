@@ -8,6 +8,7 @@ each code must tell its own patch and place; and a saliency term, which starts t
 and makes it decisive.
 """
 
+import json
 from collections import deque
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from .codebook import EMACodebook
 from .data import PictureDataset, augment, load_pictures, normalize_pictures, patchify
 from .pretrain_encoder import PictureHeads
+
+
+# A picture whose name the heads of stage 0 do not know.
+IGNORED_NAME = -100
 
 
 def sinusoid(positions: torch.Tensor, width: int) -> torch.Tensor:
@@ -43,7 +48,12 @@ class VisualTokenizerTraining(nn.Module):
     """Tokenizer, decoder and heads with the losses of stage 1."""
 
     def __init__(
-        self, tokenizer: LavitVisualTokenizer, detokenizer: LavitDetokenizer, heads: PictureHeads, recipe: dict
+        self,
+        tokenizer: LavitVisualTokenizer,
+        detokenizer: LavitDetokenizer,
+        heads: PictureHeads,
+        names: torch.Tensor,
+        recipe: dict,
     ):
         super().__init__()
         self.recipe = recipe["objective"]
@@ -63,6 +73,7 @@ class VisualTokenizerTraining(nn.Module):
         self.recent = deque(maxlen=8)
         side = config.image_size // config.patch_size
         axis = torch.linspace(-1, 1, side)
+        self.register_buffer("names", names)
         self.register_buffer("places", torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2))
 
     def init_positions(self) -> None:
@@ -99,6 +110,7 @@ class VisualTokenizerTraining(nn.Module):
 
     def forward(self, pictures, name, style, index, progress: float = 1.0):
         weights = self.recipe["weights"]
+        name = self.names[name]
         pictures = pictures.float() / 255
         if self.training:
             pictures = augment(pictures, **self.augmentation)
@@ -138,7 +150,7 @@ class VisualTokenizerTraining(nn.Module):
             "scale": F.mse_loss(rebuilt, target),
             "pixels": F.mse_loss(pixels.float(), patchify(pictures * 2 - 1, self.config.patch_size)),
             "rate": (probability.mean() - keep_rate).square(),
-            "name": F.cross_entropy(name_logits.float(), name),
+            "name": F.cross_entropy(name_logits.float(), name, ignore_index=IGNORED_NAME, reduction="sum") / len(name),
             "style": F.cross_entropy(style_logits.float(), style),
             "local": (1 - F.cosine_similarity(local[:, :-2].float(), patch_targets, dim=-1)).mean(),
             "place": F.mse_loss(local[:, -2:].float(), self.places.expand(len(kept), -1, -1)[kept]),
@@ -174,11 +186,17 @@ def build(recipe: dict):
     detokenizer = LavitDetokenizer._from_config(
         LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation="eager"
     )
-    heads = PictureHeads(config, dataset.names, len(dataset.styles))
-    pretrained = load_file(recipe["encoder"])
+    encoder = Path(recipe["encoder"])
+    labels = json.loads((encoder / "labels.json").read_text())
+    if labels["styles"] != dataset.styles:
+        raise ValueError(f"{encoder} was trained with the styles {labels['styles']}, the data have {dataset.styles}")
+    heads = PictureHeads(config, labels["names"], len(labels["styles"]))
+    pretrained = load_file(encoder / "model.safetensors")
     for prefix, module in (("encoder.", tokenizer.encoder), ("heads.", heads)):
         module.load_state_dict({k.removeprefix(prefix): v for k, v in pretrained.items() if k.startswith(prefix)})
-    model = VisualTokenizerTraining(tokenizer, detokenizer, heads, recipe)
+    known = {name: i for i, name in enumerate(labels["names"])}
+    names = torch.tensor([known.get(name, IGNORED_NAME) for name in dataset.names])
+    model = VisualTokenizerTraining(tokenizer, detokenizer, heads, names, recipe)
     model.init_positions()
     return model, dataset, []
 

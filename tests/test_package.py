@@ -1,0 +1,178 @@
+"""The package from outside: registration, the wheel, a plain checkout, and what README and Makefile promise."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+from tiny import tiny_config
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import modeling_lavit
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.cli import DELEGATED, build_parser
+from modeling_lavit.training.run import STAGES
+
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the checkout, to build in and to run from."""
+    copy = tmp_path_factory.mktemp("copy") / "lavit-hf.x"
+    ignored = shutil.ignore_patterns(
+        ".*", "__pycache__", "*.egg-info", "build", "data", "runs", "outputs", "tests", "*.safetensors"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout) -> zipfile.ZipFile:
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "wheels"]
+    subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
+    (path,) = (checkout / "wheels").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def run_python(code: str, folder: Path) -> str:
+    """What `code` prints in `folder`, the first place where imports are looked for."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_public_names_exist():
+    assert all(hasattr(modeling_lavit, name) for name in modeling_lavit.__all__)
+
+
+def test_the_auto_classes_know_the_models_and_the_task():
+    config = tiny_config()
+    assert type(transformers.AutoConfig.for_model("lavit")) is modeling_lavit.LavitConfig
+    expected = {
+        "AutoModel": modeling_lavit.LavitModel,
+        "AutoModelForCausalLM": modeling_lavit.LavitForConditionalGeneration,
+        "AutoModelForImageTextToText": modeling_lavit.LavitForConditionalGeneration,
+        "AutoModelForMultimodalLM": modeling_lavit.LavitForConditionalGeneration,
+    }
+    for auto_class, model_class in expected.items():
+        assert type(getattr(transformers, auto_class).from_config(config)) is model_class
+    assert type(transformers.AutoModel.from_config(config.visual_config)) is modeling_lavit.LavitVisualTokenizer
+    task = PIPELINE_REGISTRY.check_task("text-to-image")[1]
+    assert task["impl"] is modeling_lavit.LavitTextToImagePipeline
+
+
+def test_the_wheel_has_one_import_name_and_everything_it_needs(wheel):
+    names = wheel.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.startswith("lavit_hf-")} == {"modeling_lavit"}
+    expected = [
+        "modeling_lavit/cli.py",
+        "modeling_lavit/model_card.md",
+        "modeling_lavit/processing/processing_lavit.py",
+        "modeling_lavit/conversion/__init__.py",
+        "modeling_lavit/training/run.py",
+        "modeling_lavit/training/recipes/tokenizer.yaml",
+        "modeling_lavit/evaluation/report.py",
+        "modeling_lavit/checkpoints/__init__.py",
+        "modeling_lavit/checkpoints/lavit-emoji/NOTICE",
+    ]
+    assert [name for name in expected if name not in names] == []
+    assert any(re.fullmatch(r"lavit_hf-[^/]*\.data/scripts/lavit", name) for name in names)
+    shipped = {path.relative_to(LAVIT_EMOJI).as_posix() for path in LAVIT_EMOJI.rglob("*") if path.is_file()}
+    prefix = "modeling_lavit/checkpoints/lavit-emoji/"
+    packed = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    assert packed == {name for name in shipped if not name.endswith((".safetensors", ".pyc"))}
+
+
+def test_name_and_version_are_the_same_everywhere(wheel):
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    lines = wheel.read(metadata).decode().splitlines()
+    assert "Name: lavit-hf" in lines and f"Version: {modeling_lavit.__version__}" in lines
+    assert f"## {modeling_lavit.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+USE = """
+import modeling_lavit
+from modeling_lavit import conversion, evaluation, processing, training
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.hub_lavit import card_template
+assert "# LaVIT" in card_template() and (LAVIT_EMOJI / "NOTICE").is_file()
+for module in (modeling_lavit, processing, training, evaluation):
+    print(module.__file__)
+"""
+
+
+def test_the_wheel_works_where_a_user_has_a_file_called_processing(wheel, tmp_path):
+    wheel.extractall(tmp_path)
+    (tmp_path / "processing.py").write_text("raise RuntimeError('this is not yours')")
+    files = run_python(USE, tmp_path).split()
+    assert all(file.startswith(str(tmp_path / "modeling_lavit")) for file in files)
+
+
+def test_a_checkout_works_without_being_installed(checkout):
+    files = run_python(USE, checkout).split()
+    assert [Path(file).parent.name for file in files] == ["modeling_lavit", "processing", "training", "evaluation"]
+    assert all(file.startswith(str(checkout)) for file in files)
+
+
+def test_readme_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    parser = build_parser()
+    kinds = set()
+    for command in filter(None, COMMANDS):
+        program, *arguments = shlex.split(command)
+        kinds.add(program)
+        if program == "make":
+            assert re.search(rf"^{arguments[0]}:", makefile, re.M), command
+        elif program == "lavit" and arguments[0] in DELEGATED:
+            if arguments[0] == "train":
+                assert arguments[1] in STAGES and yaml.safe_load((ROOT / arguments[2]).read_text()), command
+        elif program == "lavit":
+            parser.parse_args(arguments)
+        elif program == "python":
+            assert (
+                arguments[0] == "-m"
+                and (ROOT / arguments[1].split(".", 1)[1].replace(".", "/")).with_suffix(".py").is_file()
+            )
+        else:
+            assert program == "pip", command
+    assert kinds == {"make", "pip", "lavit", "python"}
+
+
+def test_readme_snippets_compile_and_name_what_exists():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    for block in blocks:
+        compile(block, "README.md", "exec")
+    imported = re.findall(r"from modeling_lavit import (.*)", "\n".join(blocks))
+    named = set(re.findall(r"`(Lavit\w+)", README)) | {name for line in imported for name in line.split(", ")}
+    assert named and named <= set(modeling_lavit.__all__)
+    for name in re.findall(r"`(\w+\.py)`", README):
+        assert (ROOT / "examples" / name).is_file(), name
+
+
+def test_constraints_pin_every_direct_dependency(wheel):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    needed = {
+        re.match(r"[\w-]+", line.removeprefix("Requires-Dist: "))[0].lower().replace("_", "-")
+        for line in wheel.read(metadata).decode().splitlines()
+        if line.startswith("Requires-Dist: ") and 'extra == "app"' not in line
+    }
+    assert needed and needed - pinned == set()
+    assert "torch==2.13.*" in lines

@@ -1,0 +1,169 @@
+"""Every stage trains through its real entry point, from recipe to result, and a cut run goes on where it was."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_lavit import LavitForConditionalGeneration, LavitPipeline, LavitVisualTokenizer
+from modeling_lavit.training.assemble import assemble
+from modeling_lavit.training.codebook import EMACodebook, kmeans
+from modeling_lavit.training.data import augment, patchify
+from modeling_lavit.training.run import load_recipe, main
+
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "training" / "recipes"
+DATA = f"data.folder={Path(__file__).parent / 'fixtures' / 'emoji'}"
+FEW_STEPS = [
+    "training_arguments.max_steps=3",
+    "training_arguments.per_device_train_batch_size=6",
+    "training_arguments.logging_steps=1",
+    "training_arguments.save_steps=2",
+]
+
+
+def train(stage: str, recipe: str, output: Path, *overrides: str) -> Path:
+    main([stage, str(RECIPES / recipe), DATA, f"training_arguments.output_dir={output}", *FEW_STEPS, *overrides])
+    return output / "final"
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> dict[str, Path]:
+    """The results of all stages, each made from those before it."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = {"guide": train("judge", "guide.yaml", folder / "guide")}
+    done["encoder"] = train("encoder", "encoder.yaml", folder / "encoder", f"guide={done['guide']}")
+    done["tokenizer"] = train(
+        "tokenizer",
+        "tokenizer.yaml",
+        folder / "tokenizer",
+        f"encoder={done['encoder']}",
+        "model.codebook_size=32",
+        "detokenizer.codebook_size=32",
+    )
+    done["language_model"] = train(
+        "language-model",
+        "language_model.yaml",
+        folder / "language_model",
+        f"tokenizer={done['tokenizer']}",
+        "text_model.num_hidden_layers=1",
+    )
+    smaller = ["unet.block_out_channels=[32, 32]", "unet.attention_head_dim=[2, 2]"]
+    done["features"] = train(
+        "pixel-decoder",
+        "pixel_decoder_features.yaml",
+        folder / "features",
+        f"encoder={done['encoder']}",
+        *smaller,
+    )
+    done["pixel_decoder"] = train(
+        "pixel-decoder",
+        "pixel_decoder.yaml",
+        folder / "pixel_decoder",
+        f"tokenizer={done['tokenizer']}",
+        f"start={done['features']}",
+    )
+    return done
+
+
+def test_the_stages_results_make_a_pipeline_that_draws_and_loads_again(stages, tmp_path):
+    pipe = assemble(stages["language_model"], stages["pixel_decoder"], torch.float32, {"num_inference_steps": 2})
+    pipe.save_pretrained(tmp_path)
+    again = LavitPipeline.from_pretrained(tmp_path)
+    for drawing in (pipe, again):
+        drawing.set_progress_bar_config(disable=True)
+    arrays = [p("eagle", generator=torch.Generator().manual_seed(0), output_type="np").images for p in (pipe, again)]
+    assert arrays[0].shape == (1, 48, 48, 3)
+    assert (arrays[0] == arrays[1]).all()
+
+
+def test_stage_two_leaves_the_visual_tokenizer_as_it_was(stages):
+    tokenizer = LavitVisualTokenizer.from_pretrained(stages["tokenizer"] / "visual_tokenizer")
+    model = LavitForConditionalGeneration.from_pretrained(stages["language_model"])
+    for name, tensor in tokenizer.state_dict().items():
+        assert torch.equal(model.model.visual_tokenizer.state_dict()[name], tensor), name
+    assert not torch.equal(
+        model.model.understanding.merger.layers[0].mlp.fc1.weight, tokenizer.merger.layers[0].mlp.fc1.weight
+    )
+
+
+def test_a_cut_run_ends_as_an_uncut_one(stages, tmp_path):
+    overrides = [f"encoder={stages['encoder']}", "model.codebook_size=32", "detokenizer.codebook_size=32"]
+    whole = stages["tokenizer"].parent
+    cut = tmp_path / "cut"
+    args = [str(RECIPES / "tokenizer.yaml"), DATA, f"training_arguments.output_dir={cut}", *FEW_STEPS, *overrides]
+    with pytest.raises(_Cut):
+        _run_until_first_save(["tokenizer", *args])
+    main(["tokenizer", *args])
+    name = "visual_tokenizer/model.safetensors"
+    expected = load_file(whole / "final" / name)
+    for key, tensor in load_file(cut / "final" / name).items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+class _Cut(Exception):
+    pass
+
+
+def _run_until_first_save(arguments: list[str]) -> None:
+    from transformers import TrainerCallback
+
+    from modeling_lavit.training import run
+
+    class Cut(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            raise _Cut
+
+    class CutTrainer(run.StageTrainer):
+        def __init__(self, *args, callbacks, **kwargs):
+            super().__init__(*args, callbacks=[*callbacks, Cut()], **kwargs)
+
+    whole, run.StageTrainer = run.StageTrainer, CutTrainer
+    try:
+        run.main(arguments)
+    finally:
+        run.StageTrainer = whole
+
+
+def test_an_unknown_override_is_refused():
+    with pytest.raises(ValueError, match="modle"):
+        load_recipe(str(RECIPES / "tokenizer.yaml"), ["modle.hidden_size=3"])
+    with pytest.raises(ValueError, match="hiden_size"):
+        load_recipe(str(RECIPES / "tokenizer.yaml"), ["model.hiden_size=3"])
+    with pytest.raises(ValueError, match="key=value"):
+        load_recipe(str(RECIPES / "tokenizer.yaml"), ["model"])
+
+
+def test_the_codebook_follows_its_vectors_and_revives_dead_codes():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.nn.functional.normalize(torch.randn(8, 4, generator=generator), dim=-1)
+    vectors = torch.nn.functional.normalize(
+        centres.repeat(50, 1) + 0.02 * torch.randn(400, 4, generator=generator), dim=-1
+    )
+    torch.manual_seed(0)
+    found = kmeans(vectors, 8, iterations=20)
+    assert (vectors @ found.T).amax(1).min() > 0.8
+
+    codebook = found.clone()
+    statistics = EMACodebook(8, 4, decay=0.5, revive_below=0.1)
+    statistics.start(vectors, codebook)
+    only_first = vectors[(vectors @ codebook.T).argmax(1) == 0]
+    for _ in range(8):
+        statistics.update(only_first, (only_first @ codebook.T).argmax(1), codebook)
+    # every other code was put on a vector that does occur
+    assert (codebook @ only_first.T).amax(1).min() > 0.99
+
+
+def test_augmentation_leaves_white_white_and_can_be_switched_off():
+    white = torch.ones(4, 3, 16, 16)
+    assert torch.allclose(augment(white), white, atol=1e-5)
+    pictures = torch.rand(4, 3, 16, 16)
+    assert torch.allclose(augment(pictures, share=0.0), pictures, atol=1e-4)
+    assert not torch.allclose(augment(pictures, share=1.0), pictures, atol=1e-2)
+
+
+def test_patches_come_in_row_major_order():
+    pictures = torch.arange(4.0).reshape(1, 1, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3).expand(1, 3, 4, 4)
+    assert patchify(pictures, 2).mean(-1).tolist() == [[0.0, 1.0, 2.0, 3.0]]
