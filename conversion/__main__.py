@@ -56,14 +56,16 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 2 after an error, 130 after an interrupt.
     """
     options = build_parser().parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    import diffusers
     import torch
+    import transformers
 
     from modeling_lavit.hub_lavit import push_folder
 
     from .convert import convert
 
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
     try:
         convert(
             options.official,

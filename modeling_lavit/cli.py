@@ -1,4 +1,4 @@
-"""The command `lavit`: draw, caption, ask, tokenize, reconstruct, train, evaluate.
+"""The command `lavit`: draw, caption, ask, tokenize, reconstruct, train, evaluate, convert.
 
 Nothing heavy is imported before arguments are read and files are found, so that `--help` and mistakes answer at once.
 """
@@ -29,6 +29,10 @@ Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where the
 DELEGATED = {
     "train": ("modeling_lavit.training.run", "train one stage from its recipe file"),
     "evaluate": ("modeling_lavit.evaluation.report", "score a checkpoint on an image folder"),
+    "convert": (
+        "modeling_lavit.conversion.__main__",
+        "turn an official checkpoint directory into one that loads",
+    ),
 }
 
 
@@ -166,10 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         if arguments and arguments[0] in DELEGATED:
-            importlib.import_module(DELEGATED[arguments[0]][0]).main(arguments[1:])
-        else:
-            options = build_parser().parse_args(arguments)
-            options.run(options)
+            return importlib.import_module(DELEGATED[arguments[0]][0]).main(arguments[1:]) or 0
+        options = build_parser().parse_args(arguments)
+        options.run(options)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:

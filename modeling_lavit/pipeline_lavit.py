@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .denoising_lavit import LavitDenoiser, MaskedUNet, TokenObserver
 from .hub_lavit import push_folder, save_folder
+from .modeling_lavit_detokenizer import LavitDetokenizer
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 
 
@@ -31,6 +33,16 @@ ASPECT_RATIOS = {
 }
 
 Prompt = str | Image.Image | list
+LOADING_OPTIONS = (
+    "cache_dir",
+    "dtype",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+    "torch_dtype",
+)
 
 
 @dataclass
@@ -135,6 +147,37 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
         # A saved folder names its own copy of this class, for those who do not have it. Here it is at hand.
         return {**super()._dict_from_json_file(json_file), "_class_name": cls.__name__}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, pixel_decoder: str | None = None, **kwargs
+    ) -> "LavitPipeline":
+        """Loads a folder or repository, see `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: with `model_index.json`.
+            pixel_decoder: a subfolder that holds another detokenizer, UNet, VAE and scheduler, used in place of the
+                main ones: "lowres" in folders converted with both decoders.
+        """
+        if pixel_decoder is not None:
+            forwarded = {name: kwargs[name] for name in LOADING_OPTIONS if name in kwargs}
+            classes = {
+                "detokenizer": LavitDetokenizer,
+                "unet": UNet2DConditionModel,
+                "vae": AutoencoderKL,
+                "scheduler": DDIMScheduler,
+            }
+            for name, component_class in classes.items():
+                is_model = component_class is not DDIMScheduler
+                options = {k: v for k, v in forwarded.items() if is_model or k not in ("dtype", "torch_dtype")}
+                subfolder = f"{pixel_decoder}/{name}"
+                if name not in kwargs:
+                    kwargs[name] = component_class.from_pretrained(
+                        pretrained_model_name_or_path, subfolder=subfolder, **options
+                    )
+            # the sizes of the main decoder are not this one's
+            kwargs.setdefault("aspect_ratios", None)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(
         self,
@@ -366,6 +409,9 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         eta: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
         **token_kwargs,
     ) -> LavitPipelineOutput | tuple:
         """Draws.
@@ -376,8 +422,8 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
                 list of 1-D tensors of codes, one for each image.
             height, width, aspect_ratio: in pixels, or one of `config.aspect_ratios`; by default the UNet's own size.
             num_images_per_prompt: of a prompt: distinct visual tokens; of given visual tokens: distinct decodings.
-            num_inference_steps, timesteps, sigmas, eta, guidance_rescale, latents, cross_attention_kwargs: as in
-                `StableDiffusionXLPipeline`.
+            num_inference_steps, timesteps, sigmas, eta, guidance_rescale, latents, cross_attention_kwargs, original_size,
+                crops_coords_top_left, target_size: as in `StableDiffusionXLPipeline`.
             decoder_guidance_scale: of the UNet, 1 switches guidance off. The language model's is `guidance_scale`.
             generator: one, or one for each image: it drives the visual tokens first and then the noise, so that an
                 image of a batch is the image drawn alone with its generator.
@@ -435,6 +481,9 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
             generator=generator,
             eta=eta,
             latents=latents,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
             output_type="latent",
             cross_attention_kwargs=cross_attention_kwargs,
             callback_on_step_end=callback_on_step_end,
@@ -458,6 +507,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         image: Image.Image | list[Image.Image],
         selection: str | None = None,
         keep_ratio: float | None = None,
+        reference_compat: bool = False,
         **decode_kwargs,
     ) -> LavitPipelineOutput | tuple:
         """Pictures to visual tokens and back: what the tokens keep.
@@ -465,10 +515,20 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         Args:
             image: a picture or a list of them.
             selection, keep_ratio: which patches are kept, see [`LavitVisualTokenizer.tokenize`].
+            reference_compat: resize as the reference does here: without antialiasing, and past the range of colours.
             decode_kwargs: of a call with `visual_tokens`.
         """
-        pixel_values = self.processor.image_processor(image, return_tensors="pt").pixel_values
         tokenizer = self.model.model.visual_tokenizer
+        prepare = self.processor.image_processor
+        if reference_compat:
+            size, images = tokenizer.config.image_size, image if isinstance(image, list) else [image]
+            prepare_alone = {"do_resize": False, "do_normalize": False, "reference_compat": True}
+            pixels = [prepare(one, return_tensors="pt", **prepare_alone).pixel_values for one in images]
+            pixels = torch.cat([F.interpolate(one, (size, size), mode="bicubic") for one in pixels])
+            mean, std = (torch.tensor(value)[:, None, None] for value in (prepare.image_mean, prepare.image_std))
+            pixel_values = (pixels - mean) / std
+        else:
+            pixel_values = prepare(image, return_tensors="pt").pixel_values
         if hasattr(self.model, "_hf_hook"):
             self.model._hf_hook.pre_forward(self.model)
         visual_tokens = tokenizer.tokenize(

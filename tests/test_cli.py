@@ -240,10 +240,12 @@ def test_an_existing_file_survives_a_call_that_fails(here, checkpoint):
     assert (here / "new.png").read_bytes() == b"precious"
 
 
-def test_train_and_evaluate_run_their_own_command_lines(here, capsys):
+def test_train_evaluate_and_convert_run_their_own_command_lines(here, capsys):
     assert run("train", "tokenizer", "missing.yaml") == 2
     assert_one_line(capsys.readouterr(), "missing.yaml")
-    for command in ("train", "evaluate"):
+    assert run("convert", "missing", "converted") == 2
+    assert_one_line(capsys.readouterr(), "missing")
+    for command in ("train", "evaluate", "convert"):
         assert run(command, "--help") == 0
         assert f"usage: lavit {command}" in capsys.readouterr().out
 

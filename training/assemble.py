@@ -6,6 +6,7 @@ name=value …]`
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -54,16 +55,29 @@ def load_in_float32(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def link_code(folder: Path) -> None:
+    """Replaces copies of this checkout's code in a checkpoint folder by links to it: the code has one home."""
+    root = Path(__file__).resolve().parents[1]
+    for copy in folder.resolve().rglob("*.py"):
+        for source in (root / "modeling_lavit" / copy.name, root / "processing" / copy.name):
+            if source.is_file() and not copy.is_symlink():
+                copy.unlink()
+                copy.symlink_to(os.path.relpath(source, copy.parent))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, required=True)
     parser.add_argument("--pixel-decoder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--default", nargs="*", default=[], help="e.g. num_inference_steps=10")
+    parser.add_argument("--link-code", action="store_true", help="link to this checkout's code instead of copying it")
     options = parser.parse_args()
     defaults = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in options.default)}
     assemble(options.language_model, options.pixel_decoder, torch.float16, defaults).save_pretrained(options.output)
     load_in_float32(options.output)
+    if options.link_code:
+        link_code(options.output)
 
 
 if __name__ == "__main__":

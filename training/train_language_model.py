@@ -171,8 +171,10 @@ def build(recipe: dict):
     text_config.pad_token_id = text_tokenizer.pad_token_id
     config = LavitConfig(text_config=text_config, visual_config=visual_config, text_vocab_size=text_vocab_size)
     model = LavitForConditionalGeneration._from_config(config, attn_implementation="eager")
-    model.model.visual_tokenizer.load_state_dict(visual_tokenizer.state_dict())
     model.model.understanding.merger.load_state_dict(visual_tokenizer.merger.state_dict())
+    if recipe["start"]:
+        model.load_state_dict(LavitForConditionalGeneration.from_pretrained(recipe["start"]).state_dict())
+    model.model.visual_tokenizer.load_state_dict(visual_tokenizer.state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=text_tokenizer.bos_token_id,
         eos_token_id=text_tokenizer.eos_token_id,
