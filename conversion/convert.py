@@ -37,10 +37,10 @@ NOTICE = """\
 The weights in this repository are those of LaVIT ({base_model}), converted to another layout: names of weights and the
 files they lie in were changed{precision}, nothing else was.
 
-LaVIT is licensed under the LaVIT Community License, Copyright (c) its authors. All Rights Reserved. The licence, which
-whoever uses or passes these weights on must accept and pass on with them, is that of
-[the original repository](https://github.com/jy0205/LaVIT). The language model was trained from LLaMA, the pixel decoders
-from Stable Diffusion: their licences hold, too."""
+LaVIT is licensed under the LaVIT Community License, Copyright (c) its authors. All Rights Reserved. Whoever uses these
+weights, or passes them on, accepts that licence and passes it on with them; its text is in
+[the original repository](https://github.com/jy0205/LaVIT). The language model was trained from LLaMA, the pixel
+decoders from Stable Diffusion: their licences hold, too."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ def convert(
 
     Raises:
         OSError: missing, truncated or damaged files; no space.
-        ValueError: weights are missing, unknown or of wrong shapes; a file that asks to run code; `output` is not empty.
+        ValueError: weights are missing, unknown or of wrong shapes; a file that asks to run code; `output` not empty.
     """
     official, output = Path(official), Path(output)
     if not official.is_dir():
@@ -125,7 +125,8 @@ def convert(
                 dtype,
             )
         ]
-        config.dtype = dtype or plans[0].shapes["model.language_model.embed_tokens.weight"].dtype
+        for part in (config, config.text_config, config.visual_config):
+            part.dtype = dtype or plans[0].shapes["model.language_model.embed_tokens.weight"].dtype
         processor = LavitProcessor(
             LavitImageProcessor(size={"height": visual_config.image_size, "width": visual_config.image_size}),
             tokenizer,
@@ -241,13 +242,14 @@ def _safety_checker(official: Path, dtype: torch.dtype | None, plans: list[Plan]
     if not (source / "safety_checker").is_dir():
         return {}
     if not (source / "feature_extractor").is_dir():
-        raise FileNotFoundError(f"{source / 'feature_extractor'} is missing, without which the safety checker is blind")
+        raise FileNotFoundError(f"{source / 'feature_extractor'} is missing; the safety checker needs it")
     read_json(source / "safety_checker" / "config.json")
     config = CLIPConfig.from_pretrained(source / "safety_checker")
     checker = _on_meta(lambda: StableDiffusionSafetyChecker(config))
     read = _reader(find_shards(source / "safety_checker", "model", "pytorch_model"), keys.rename_safety_checker)
     plans.append(plan_weights("safety checker", read, checker.state_dict(), "safety_checker", "model", dtype))
-    config.dtype = dtype or torch.float32
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype or torch.float32
     extractor = CLIPImageProcessor.from_pretrained(source / "feature_extractor")
     return {"safety_checker": checker, "feature_extractor": extractor}
 

@@ -160,7 +160,7 @@ def build_tokenizer(model: SentencePieceModel, legacy: bool, add_bos_token: bool
         steps.append(normalizers.Prepend(SPACE))
     elif model.add_dummy_prefix:
         # the pre-tokenizer puts the space in front of the first text alone, but not in front of another space
-        steps.append(normalizers.Replace(Regex(f"^(?=[ {SPACE}])"), SPACE))
+        steps.append(normalizers.Replace(Regex(rf"\A(?=[ {SPACE}])"), SPACE))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(

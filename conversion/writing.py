@@ -112,8 +112,8 @@ def check_space(num_bytes: int, folder: Path):
     free = shutil.disk_usage(folder).free
     if num_bytes + SPARE_BYTES > free:
         raise OSError(
-            f"no space left: {num_bytes / 1e9:.2f} GB are to be written, but the disk of {folder} has {free / 1e9:.2f} "
-            "GB free"
+            f"no space left: {num_bytes / 1e9:.2f} GB are to be written, but the disk of {folder} has "
+            f"{free / 1e9:.2f} GB free"
         )
 
 

@@ -149,8 +149,7 @@ def _write_index_code_and_card(pipe, folder: Path, card: dict):
             index[name] = [None, None]
             continue
         component = getattr(component, "_orig_mod", component)
-        is_diffusers = isinstance(component, diffusers.ConfigMixin)
-        index[name] = ["diffusers" if is_diffusers else "transformers", type(component).__name__]
+        index[name] = [_library_of(component), type(component).__name__]
         code |= _code_of(type(component))
     code |= _code_of(type(pipe.processor.image_processor))
 
@@ -244,6 +243,14 @@ def model_card(model, pipe=None, notice: str | None = None, lowres: bool = False
         lowres=lowres,
         **facts,
     )
+
+
+def _library_of(component) -> str:
+    """Where diffusers looks a component's class up: a library, or a pipeline of its own ("stable_diffusion")."""
+    module = type(component).__module__.split(".")
+    if module[:2] == ["diffusers", "pipelines"]:
+        return module[2]
+    return "diffusers" if isinstance(component, diffusers.ConfigMixin) else "transformers"
 
 
 def _code_of(cls: type) -> set[Path]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
@@ -422,8 +421,8 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
                 list of 1-D tensors of codes, one for each image.
             height, width, aspect_ratio: in pixels, or one of `config.aspect_ratios`; by default the UNet's own size.
             num_images_per_prompt: of a prompt: distinct visual tokens; of given visual tokens: distinct decodings.
-            num_inference_steps, timesteps, sigmas, eta, guidance_rescale, latents, cross_attention_kwargs, original_size,
-                crops_coords_top_left, target_size: as in `StableDiffusionXLPipeline`.
+            num_inference_steps, timesteps, sigmas, eta, guidance_rescale, latents, cross_attention_kwargs,
+                original_size, crops_coords_top_left, target_size: as in `StableDiffusionXLPipeline`.
             decoder_guidance_scale: of the UNet, 1 switches guidance off. The language model's is `guidance_scale`.
             generator: one, or one for each image: it drives the visual tokens first and then the noise, so that an
                 image of a batch is the image drawn alone with its generator.
@@ -515,24 +514,18 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         Args:
             image: a picture or a list of them.
             selection, keep_ratio: which patches are kept, see [`LavitVisualTokenizer.tokenize`].
-            reference_compat: resize as the reference does here: without antialiasing, and past the range of colours.
+            reference_compat: convert pictures to RGB as the reference does, see [`LavitImageProcessor`].
             decode_kwargs: of a call with `visual_tokens`.
         """
+        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
+        pixel_values = prepared.pixel_values
         tokenizer = self.model.model.visual_tokenizer
-        prepare = self.processor.image_processor
-        if reference_compat:
-            size, images = tokenizer.config.image_size, image if isinstance(image, list) else [image]
-            prepare_alone = {"do_resize": False, "do_normalize": False, "reference_compat": True}
-            pixels = [prepare(one, return_tensors="pt", **prepare_alone).pixel_values for one in images]
-            pixels = torch.cat([F.interpolate(one, (size, size), mode="bicubic") for one in pixels])
-            mean, std = (torch.tensor(value)[:, None, None] for value in (prepare.image_mean, prepare.image_std))
-            pixel_values = (pixels - mean) / std
-        else:
-            pixel_values = prepare(image, return_tensors="pt").pixel_values
         if hasattr(self.model, "_hf_hook"):
             self.model._hf_hook.pre_forward(self.model)
         visual_tokens = tokenizer.tokenize(
-            pixel_values.to(self._execution_device, tokenizer.dtype), selection=selection, keep_ratio=keep_ratio
+            pixel_values.to(self._execution_device, tokenizer.dtype),
+            selection=selection,
+            keep_ratio=keep_ratio,
         )
         return self(visual_tokens=visual_tokens, **decode_kwargs)
 

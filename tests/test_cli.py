@@ -30,7 +30,8 @@ def pipe() -> LavitPipeline:
     detokenizer, unet = tiny_detokenizer(), tiny_unet(channels=48)
     for parameter in detokenizer.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3)  # so that visual tokens show in the pixels
+            # so that visual tokens show in the pixels
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
     pipe = LavitPipeline(
         processor=tiny_processor(),
         model=tiny_model(),
@@ -69,6 +70,11 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
+def same(picture: np.ndarray, other: np.ndarray) -> bool:
+    """Equal up to the rounding of one call or another."""
+    return picture.shape == other.shape and np.abs(picture.astype(int) - other).max() <= 1
+
+
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*"))
 
@@ -77,7 +83,7 @@ def test_generate_writes_the_picture_that_the_pipeline_draws_with_that_seed(here
     assert run("generate", "a red apple", "-o", "apple.png", "--seed", "3", "--model", checkpoint) == 0
     assert capsys.readouterr().out == "apple.png\n"
     expected = pipe("a red apple", generator=torch.Generator().manual_seed(3)).images[0]
-    assert np.array_equal(pixels(here / "apple.png"), np.asarray(expected))
+    assert same(pixels(here / "apple.png"), np.asarray(expected))
 
 
 def test_several_pictures_are_numbered_and_each_equals_the_one_drawn_alone_with_its_own_seed(here, checkpoint, capsys):
@@ -85,15 +91,15 @@ def test_several_pictures_are_numbered_and_each_equals_the_one_drawn_alone_with_
     assert capsys.readouterr().out.split() == ["cat-0.png", "cat-1.png"]
     assert run("generate", "two cats", "-o", "alone.png", "--seed", "6", "--model", checkpoint) == 0
     assert files(here) == ["alone.png", "cat-0.png", "cat-1.png"]
-    assert np.abs(pixels(here / "alone.png").astype(int) - pixels(here / "cat-1.png")).max() <= 1
-    assert not np.array_equal(pixels(here / "cat-0.png"), pixels(here / "cat-1.png"))
+    assert same(pixels(here / "alone.png"), pixels(here / "cat-1.png"))
+    assert not same(pixels(here / "cat-0.png"), pixels(here / "cat-1.png"))
 
 
 def test_a_new_seed_is_drawn_and_printed_where_none_is_given(here, checkpoint, capsys):
     assert run("generate", "a red apple", "-o", "first.png", "--model", checkpoint) == 0
     seed = capsys.readouterr().err.split()[-1]
     assert run("generate", "a red apple", "-o", "second.png", "--seed", seed, "--model", checkpoint) == 0
-    assert np.array_equal(pixels(here / "first.png"), pixels(here / "second.png"))
+    assert same(pixels(here / "first.png"), pixels(here / "second.png"))
 
 
 def test_a_style_image_stands_in_front_of_the_text(here, checkpoint, pipe):
@@ -101,7 +107,7 @@ def test_a_style_image_stands_in_front_of_the_text(here, checkpoint, pipe):
     assert run("generate", "in snow", "-o", "snow.png", *arguments) == 0
     prompt = [Image.open(PICTURE).convert("RGB"), "in snow"]
     expected = pipe(prompt, generator=torch.Generator().manual_seed(0)).images[0]
-    assert np.array_equal(pixels(here / "snow.png"), np.asarray(expected))
+    assert same(pixels(here / "snow.png"), np.asarray(expected))
 
 
 def test_steps_and_both_guidance_scales_change_the_picture_and_enlarge_its_size(here, checkpoint):
@@ -111,7 +117,7 @@ def test_steps_and_both_guidance_scales_change_the_picture_and_enlarge_its_size(
     for i, option in enumerate(options):
         assert run(*plain, f"{i}.png", *option) == 0
     for i in range(3):
-        assert not np.array_equal(pixels(here / "plain.png"), pixels(here / f"{i}.png")), options[i]
+        assert not same(pixels(here / "plain.png"), pixels(here / f"{i}.png")), options[i]
     assert pixels(here / "3.png").shape == (96, 96, 3)
 
 
@@ -157,7 +163,7 @@ def test_the_map_leaves_kept_patches_as_they_are_and_fades_the_others():
 def test_reconstruct_draws_the_picture_from_its_own_tokens(here, checkpoint, pipe):
     assert run("reconstruct", PICTURE, "-o", "again.png", "--model", checkpoint) == 0
     expected = pipe.reconstruct(Image.open(PICTURE), generator=torch.Generator().manual_seed(0)).images[0]
-    assert np.array_equal(pixels(here / "again.png"), np.asarray(expected))
+    assert same(pixels(here / "again.png"), np.asarray(expected))
 
 
 GENERATE = ("generate", "a red apple", "-o", "new.png")

@@ -233,7 +233,7 @@ def test_visual_tokens_become_the_recorded_pictures(pipes, tensors, case, monkey
         "num_inference_steps": case["num_inference_steps"],
         "decoder_guidance_scale": case["guidance_scale"],
         "latents": tensors[f"{name}.latents_in"],
-        "original_size": case.get("original_size"),
+        "original_size": tuple(case["original_size"]) if "original_size" in case else None,
         "crops_coords_top_left": tuple(case.get("crops", (0, 0))),
         "output_type": "np",
         "callback_on_step_end": record_latents,
@@ -242,8 +242,9 @@ def test_visual_tokens_become_the_recorded_pictures(pipes, tensors, case, monkey
     for old, value in case.get("llm_args", {}).items():
         language_model[IMAGE_ARGUMENTS[old][0]] = False if old == "use_nucleus_sampling" else value
     if "multimodal_prompt" in case:
-        prompt = [Image.open(E2E / "images" / part) if kind == "image" else part
-                  for part, kind in case["multimodal_prompt"]]
+        prompt = [
+            Image.open(E2E / "images" / part) if kind == "image" else part for part, kind in case["multimodal_prompt"]
+        ]
         output = pipe(prompt, selection="argmax", **language_model, **settings)
     elif "prompts" in case:
         output = pipe(case["prompts"], **language_model, **settings)

@@ -1,0 +1,74 @@
+"""The figures of `lavit evaluate` as Markdown: `python -m modeling_lavit.evaluation.table figures.json [README.md]`.
+
+With a second file, the table there between `<!-- FIGURES -->` and `<!-- /FIGURES -->` is replaced.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+BEGIN, END = "<!-- FIGURES -->", "<!-- /FIGURES -->"
+
+
+def table(report: dict) -> str:
+    """One row a figure: seen pictures, held-out pairs, and the bar that was set for them."""
+    seen, held = report["seen"], report["held_out"]
+    tokens = report["tokens"]
+
+    def pair(task: str, key: str) -> tuple[str, str]:
+        return f"{seen[task][key]:.2f}", f"{held[task][key]:.2f}"
+
+    def both(key: str) -> tuple[str, str]:
+        return f"{seen[key]:.2f}", f"{held[key]:.2f}"
+
+    rows = [
+        ("pictures", str(seen["pictures"]), str(held["pictures"]), ""),
+        ("caption, exact match", *both("caption_exact"), ".95 / .50"),
+        ("style question, right", *both("style_question"), ".75 / .45"),
+        ("reconstruction: name top-5", *pair("reconstruction", "name_top5"), ".70 / .50"),
+        ("reconstruction: PSNR, dB", *pair("reconstruction", "psnr"), ""),
+        (
+            f"text → image, {seen['text_to_image']['prompts']} / {held['text_to_image']['prompts']} prompts: name top-5",
+            *pair("text_to_image", "name_top5"),
+            ".50 / .40",
+        ),
+        ("text → image: name top-1", *pair("text_to_image", "name_top1"), ""),
+        ("text → image: style right", *pair("text_to_image", "style"), ".40 / –"),
+        ('image + "in X style" → image: name top-5', *pair("image_and_text_to_image", "name_top5"), "– / .25"),
+        ('image + "in X style" → image: style right', *pair("image_and_text_to_image", "style"), ""),
+        ("the judge on the real pictures: name top-5", *pair("judge_on_real", "name_top5"), ""),
+        ("the judge on the real pictures: style", *pair("judge_on_real", "style"), ""),
+    ]
+    lines = ["| | seen | held out | bar |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    codes = [
+        ("codes used", f"{tokens['codes_used']:.1%}", "> 80 %"),
+        ("perplexity, share of the codebook", f"{tokens['perplexity_share']:.1%}", "> 40 %"),
+        ("distinct codes per picture ÷ kept", f"{tokens['distinct_per_kept']:.2f}", ".5"),
+        ("mean keep rate (target .333)", f"{tokens['keep_rate']:.3f}", "± .05"),
+        (
+            "kept patches: mean, least, most",
+            f"{tokens['kept_mean']:.1f}, {tokens['kept_min']:.0f}, {tokens['kept_max']:.0f}",
+            "",
+        ),
+        ("correlation of kept count with PNG size", f"{tokens['png_size_correlation']:.2f}", ".15"),
+        ("seconds per picture from text, two cores", f"{report['seconds_from_text']:.2f}", "< 3"),
+    ]
+    lines += ["", "| | | bar |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in codes]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    text = table(json.loads(Path(arguments[0]).read_text()))
+    if len(arguments) == 1:
+        print(text)
+        return
+    readme = Path(arguments[1])
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,440 @@
+"""Conversion: every weight has its place at full size, all kinds of files are read, faults leave nothing behind."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMultimodalLM, AutoTokenizer
+
+from modeling_lavit import (
+    LavitConfig,
+    LavitDetokenizer,
+    LavitDetokenizerConfig,
+    LavitForConditionalGeneration,
+    LavitPipeline,
+)
+from modeling_lavit.conversion import keys, writing
+from modeling_lavit.conversion.__main__ import main
+from modeling_lavit.conversion.text_tokenizer import (
+    SentencePieceModel,
+    build_tokenizer,
+    merges_of,
+    parse_sentencepiece,
+)
+
+
+CHECKPOINT = Path(__file__).parent / "fixtures" / "e2e" / "checkpoint"
+C, F, N = 1408, 6144, 256
+
+
+def linear(name: str, rows: int, columns: int) -> dict[str, tuple]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def norm(name: str, width: int = C) -> dict[str, tuple]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def official_vision_tower() -> dict[str, tuple]:
+    shapes = {"cls_token": (1, 1, C), "pos_embed": (1, N + 1, C)}
+    shapes |= {"patch_embed.proj.weight": (C, 3, 14, 14), "patch_embed.proj.bias": (C,)}
+    for i in range(40):
+        block = f"blocks.{i}"
+        shapes |= norm(f"{block}.norm1") | norm(f"{block}.norm2") | linear(f"{block}.attn.proj", C, C)
+        shapes |= {f"{block}.attn.q_bias": (C,), f"{block}.attn.v_bias": (C,), f"{block}.attn.qkv.weight": (3 * C, C)}
+        shapes |= linear(f"{block}.mlp.fc1", F, C) | linear(f"{block}.mlp.fc2", C, F)
+    return shapes | norm("norm") | linear("head", 1024, C)
+
+
+def official_block(block: str, self_attention: str, cross_attention: str) -> dict[str, tuple]:
+    shapes = norm(f"{block}.norm0") | norm(f"{block}.norm1") | norm(f"{block}.norm2")
+    shapes |= linear(f"{block}.{self_attention}.qkv", 3 * C, C) | linear(f"{block}.{self_attention}.proj", C, C)
+    for name in ("query", "key", "value", "proj"):
+        shapes |= linear(f"{block}.{cross_attention}.{name}", C, C)
+    return shapes | linear(f"{block}.mlp.fc1", F, C) | linear(f"{block}.mlp.fc2", C, F)
+
+
+def official_tokenizer() -> dict[str, tuple]:
+    shapes = norm("token_predictor.in_conv.0") | linear("token_predictor.in_conv.1", C, C)
+    shapes |= linear("token_predictor.out_conv.0", 704, C) | linear("token_predictor.out_conv.2", 352, 704)
+    shapes |= linear("token_predictor.out_conv.4", 2, 352)
+    for i in range(12):
+        shapes |= official_block(f"causal_encoder.blocks.{i}", "token_causal_attn", "token_cross_attn")
+    shapes |= norm("causal_encoder.ln_vision") | norm("causal_encoder.norm")
+    shapes |= {"quantize.embedding.weight": (16384, 32)}
+    shapes |= linear("encode_task_layer.0", C, C) | linear("encode_task_layer.2", 32, C)
+    return shapes | linear("vit_proj", 4096, C)
+
+
+def official_decoder(variant: str) -> dict[str, tuple]:
+    shapes = {"pos_embed": (1, N, C), "query_embed": (1, N, C)} | linear("in_proj", C, 32)
+    for i in range(12):
+        shapes |= official_block(f"blocks.{i}", "self_attn", "cross_attn")
+    shapes |= norm("norm") | linear("decode_task_layer.0", C, C) | linear("decode_task_layer.2", C, C)
+    if variant == "lowres":
+        return shapes | linear("unet_proj", 768, C)
+    shapes |= linear("unet_proj_1", 768, C) | linear("unet_proj_2", 1280, C)
+    shapes |= {"unet_attnpool.positional_embedding": (N + 1, C)}
+    for name in ("k_proj", "q_proj", "v_proj"):
+        shapes |= linear(f"unet_attnpool.{name}", C, C)
+    return shapes | linear("unet_attnpool.c_proj", 1280, C)
+
+
+def official_language_model() -> dict[str, tuple]:
+    shapes = {
+        "model.embed_tokens.weight": (48386, 4096),
+        "lm_head.weight": (48386, 4096),
+        "model.norm.weight": (4096,),
+    }
+    for i in range(32):
+        layer = f"model.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{layer}.self_attn.{name}.weight"] = (4096, 4096)
+        shapes |= {f"{layer}.mlp.gate_proj.weight": (11008, 4096), f"{layer}.mlp.up_proj.weight": (11008, 4096)}
+        shapes |= {f"{layer}.mlp.down_proj.weight": (4096, 11008)}
+        shapes |= {f"{layer}.{name}.weight": (4096,) for name in ("input_layernorm", "post_attention_layernorm")}
+        # old checkpoints have it
+        shapes[f"{layer}.self_attn.rotary_emb.inv_freq"] = (64,)
+    return shapes
+
+
+def on_meta(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "shapes, tensors, parameters",
+    [
+        (official_vision_tower(), 528, 1_012_588_928),
+        (official_tokenizer(), 285, 409_819_394),
+        (official_decoder("lowres"), 276, 404_081_792),
+        (official_decoder("highres"), 287, 414_002_304),
+    ],
+)
+def test_official_tables_have_the_published_number_of_tensors_and_parameters(shapes, tensors, parameters):
+    assert len(shapes) == tensors
+    assert sum(tensor.numel() for tensor in on_meta(shapes).values()) == parameters
+
+
+def test_full_size_weights_are_exactly_those_of_the_model():
+    with torch.device("meta"):
+        model = LavitForConditionalGeneration(LavitConfig())
+    tokenizer = on_meta(official_tokenizer())
+    tower = {f"encoder.{name}": tensor for name, tensor in on_meta(official_vision_tower()).items()}
+    tower, left_out = keys.drop_known_extras(tower)
+    assert left_out.keys() == {"encoder.head.weight", "encoder.head.bias"}
+    language_model, left_out = keys.drop_known_extras(on_meta(official_language_model()))
+    assert len(left_out) == 32
+    assert all(keys.is_visual(name) for name in tokenizer | tower)
+    converted = keys.rename_language_model(language_model)
+    for name, tensor in keys.rename_tokenizer(tokenizer | tower).items():
+        if name.startswith("vit_proj."):
+            converted[name.replace("vit_proj", "model.understanding.projection")] = tensor
+            continue
+        converted[f"model.visual_tokenizer.{name}"] = tensor
+        if name.startswith("merger."):
+            converted[f"model.understanding.{name}"] = tensor
+    assert shapes_of(converted) == shapes_of(model.state_dict())
+
+
+@pytest.mark.parametrize("variant", ["highres", "lowres"])
+def test_full_size_decoder_weights_are_exactly_those_of_the_detokenizer(variant):
+    dims = {"highres": [768, 1280], "lowres": [768]}[variant]
+    with torch.device("meta"):
+        detokenizer = LavitDetokenizer(LavitDetokenizerConfig(variant=variant, prompt_embed_dims=dims))
+    converted = shapes_of(keys.rename_detokenizer(on_meta(official_decoder(variant))))
+    converted["codebook.weight"] = (16384, 32)
+    if variant == "lowres":
+        converted["unconditional_embedding"] = (77, 768)
+    assert converted == shapes_of(detokenizer.state_dict())
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "official"))
+
+
+def change(path: Path, **tensors):
+    """Replaces tensors of a .bin file, or removes those that are None; `__` in names stands for a dot."""
+    content = torch.load(path, weights_only=True)
+    for name, tensor in tensors.items():
+        name = name.replace("__", ".")
+        content.pop(name, None)
+        if tensor is not None:
+            content[name] = tensor
+    torch.save(content, path)
+
+
+def truncate(path: Path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("pickle-has-run",)
+
+
+TOKENIZER, READING = "visual_tokenizer/tokenizer_encoder.bin", "language_model/visual_weight.bin"
+SHARD = "language_model/pytorch_model-00002-of-00004.bin"
+NORM = "model__layers__0__input_layernorm__weight"
+FAULTS = {
+    "truncated shard": (lambda c: truncate(c / SHARD), "pytorch_model-00002-of-00004.bin is truncated"),
+    "truncated visual tokenizer": (lambda c: truncate(c / TOKENIZER), "tokenizer_encoder.bin is truncated"),
+    "truncated text tokenizer": (lambda c: truncate(c / "language_model/tokenizer.model"), "tokenizer.model"),
+    "damaged config": (lambda c: truncate(c / "highres_pixel_decoding/unet/config.json"), "config.json"),
+    "missing shard": (lambda c: (c / SHARD).unlink(), "names files that are missing"),
+    "missing vision tower": (
+        lambda c: (c / "visual_tokenizer/eva_vitg_psz14.bin").unlink(),
+        "eva_vitg_psz14.bin is m",
+    ),
+    "missing text tokenizer": (
+        lambda c: (c / "language_model/tokenizer.model").unlink(),
+        "tokenizer.model is missing",
+    ),
+    "missing language model": (lambda c: shutil.rmtree(c / "language_model"), "is missing"),
+    "missing unet": (lambda c: shutil.rmtree(c / "highres_pixel_decoding/unet"), "unet/config.json is missing"),
+    "missing conditions": (lambda c: (c / "pixel_decoding/uncond_embeddings.bin").unlink(), "uncond_embeddings"),
+    "missing key": (lambda c: change(c / TOKENIZER, token_predictor__in_conv__0__bias=None), "selector.norm.bias"),
+    "missing half of a bias": (
+        lambda c: change(c / "visual_tokenizer/eva_vitg_psz14.bin", blocks__1__attn__v_bias=None),
+        "layers.1.self_attn.qkv.bias",
+    ),
+    "missing key of a shard": (lambda c: change(c / SHARD, **{NORM: None}), "which the index promises"),
+    "extra key": (lambda c: change(c / TOKENIZER, quantize__usage=torch.ones(2)), "quantize.usage"),
+    "extra key of a shard": (lambda c: change(c / SHARD, more=torch.ones(2)), "which the index does not name"),
+    "extra key of the decoder": (
+        lambda c: change(c / "visual_tokenizer/highres_tokenizer_decoder.bin", more=torch.ones(2)),
+        "highres decoder: nothing in the model takes the weights more",
+    ),
+    "wrong shape": (lambda c: change(c / SHARD, **{NORM: torch.ones(65)}), "input_layernorm.weight (65,), not (64,)"),
+    "other selector for reading": (
+        lambda c: change(c / READING, token_predictor__in_conv__0__bias=torch.ones(48)),
+        "token_predictor.in_conv.0.bias than the visual tokenizer",
+    ),
+    "no tensors": (lambda c: change(c / TOKENIZER, epoch=3), "'epoch'"),
+    "pickle that runs code": (lambda c: torch.save(RunsCode(), c / TOKENIZER), "asks to run code"),
+    "old pickle that runs code": (
+        lambda c: (c / TOKENIZER).write_bytes(pickle.dumps(RunsCode())),
+        "tokenizer_encoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_ends_in_one_line_and_no_folder(checkpoint, tmp_path, fault, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    break_it, message = FAULTS[fault]
+    break_it(checkpoint)
+    capfd.readouterr()
+    assert main([str(checkpoint), str(tmp_path / "out")]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lavit convert: error:")]
+    assert len(lines) == 1 and message in lines[0], lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["official"]
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, capfd, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**6, 10**6))
+    assert main([str(CHECKPOINT), str(tmp_path / "out")]) == 2
+    assert "no space left" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_no_folder(tmp_path, capfd):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        code = main([str(CHECKPOINT), str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "could not be written, is the disk full?" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_leaves_no_folder_and_the_next_one_cleans_up(tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    child = os.fork()
+    if child == 0:
+        save, calls = writing.save_file, []
+
+        def save_some(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(*args, **kwargs)
+
+        writing.save_file = save_some
+        main([str(CHECKPOINT), str(output)])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    left = list(tmp_path.iterdir())
+    assert [path.name for path in left] == [f".out.partial-{child}"] and (left[0] / "model.safetensors").is_file()
+    assert main([str(CHECKPOINT), str(output)]) == 0
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_already_there_stays_as_it_is(tmp_path, capfd, kind):
+    output = tmp_path / "out"
+    if kind == "folder":
+        output.mkdir()
+        (output / "mine").write_text("mine")
+    else:
+        output.write_text("mine")
+    assert main([str(CHECKPOINT), str(output)]) == 2
+    assert ("not empty" if kind == "folder" else "is a file") in capfd.readouterr().err
+    assert (output / "mine" if kind == "folder" else output).read_text() == "mine"
+
+
+def test_wrong_arguments_are_one_line(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        main([str(CHECKPOINT), str(tmp_path / "out"), "--dtype", "int8"])
+    assert stop.value.code == 2
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 2
+    assert "there is no directory" in capfd.readouterr().err
+    assert main([str(CHECKPOINT), str(tmp_path / "out"), "--heads", "5"]) == 2
+    assert "5 attention heads do not divide the width 48" in capfd.readouterr().err
+
+
+def test_unknown_keys_are_left_out_on_request_and_named(checkpoint, tmp_path, capfd):
+    change(checkpoint / TOKENIZER, quantize__usage=torch.ones(2))
+    arguments = [str(checkpoint), str(tmp_path / "out"), "--pixel-decoder", "none", "--ignore-extra-keys"]
+    assert main(arguments) == 0
+    assert "tokenizer_encoder.bin: left out quantize.usage: unknown" in capfd.readouterr().out
+
+
+def test_safetensors_shards_and_half_precision_give_the_same_model_rounded(checkpoint, tmp_path, monkeypatch):
+    for folder, names in {"visual_tokenizer": ["*.bin"], "language_model": ["visual_weight.bin"]}.items():
+        for name in names:
+            for path in (checkpoint / folder).glob(name):
+                save_file(torch.load(path, weights_only=True), path.with_suffix(".safetensors"))
+                path.unlink()
+    monkeypatch.setattr(writing, "SHARD_BYTES", 400_000)
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    none = ["--pixel-decoder", "none"]
+    assert main([str(CHECKPOINT), str(whole), *none]) == 0
+    safetensors = ["--language-model", "language_model_safetensors", "--dtype", "bfloat16"]
+    assert main([str(checkpoint), str(half), *none, *safetensors]) == 0
+    assert len(list(half.glob("model-*-of-*.safetensors"))) > 2
+    single = AutoModelForMultimodalLM.from_pretrained(whole).state_dict()
+    rounded = AutoModelForMultimodalLM.from_pretrained(half)
+    assert rounded.dtype == torch.bfloat16
+    assert not (half / "model_index.json").exists()
+    for name, tensor in rounded.state_dict().items():
+        assert tensor.dtype == (torch.float32 if "codebook" in name else torch.bfloat16), name
+        assert torch.equal(tensor, single[name].to(tensor.dtype)), name
+
+
+def test_equal_mergers_are_stored_once(checkpoint, tmp_path):
+    tokenizer = torch.load(checkpoint / TOKENIZER, weights_only=True)
+    reading = torch.load(checkpoint / READING, weights_only=True)
+    torch.save({name: tokenizer.get(name, tensor) for name, tensor in reading.items()}, checkpoint / READING)
+    assert main([str(checkpoint), str(tmp_path / "out"), "--pixel-decoder", "none"]) == 0
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out")
+    assert model.config.share_understanding_merger and model.model.understanding.merger is None
+    assert torch.equal(model.model.understanding.projection.weight, reading["vit_proj.weight"])
+
+
+def test_the_first_release_draws_with_the_small_decoder(checkpoint, tmp_path):
+    shutil.rmtree(checkpoint / "highres_pixel_decoding")
+    (checkpoint / "visual_tokenizer" / "highres_tokenizer_decoder.bin").unlink()
+    (checkpoint / "LICENSE").write_text("LaVIT Community License")
+    vae = checkpoint / "pixel_decoding" / "vae" / "diffusion_pytorch_model.bin"
+    weights, old = torch.load(vae, weights_only=True), {}
+    for name, tensor in weights.items():
+        for new, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".attentions.0.{new}.", f".attentions.0.{before}.")
+        old[name] = tensor
+    assert old.keys() != weights.keys()
+    torch.save(old, vae, _use_new_zipfile_serialization=False)
+    assert main([str(checkpoint), str(tmp_path / "out")]) == 0
+    pipe = LavitPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.detokenizer.config.variant == "lowres" and pipe.unet.config.cross_attention_dim == 32
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.vae.state_dict().items())
+    assert (tmp_path / "out" / "LICENSE").read_text() == "LaVIT Community License"
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "rain1011/LaVIT-7B" and card.data.license == "other"
+
+
+def test_the_folder_is_what_the_pipeline_saves_and_its_card_names_the_licence(tmp_path):
+    output, again = tmp_path / "out", tmp_path / "again"
+    assert main([str(CHECKPOINT), str(output), "--pixel-decoder", "highres"]) == 0
+    pipe = LavitPipeline.from_pretrained(output)
+    pipe.save_pretrained(again)
+    assert files_of(output) == files_of(again)
+    for name in files_of(output):
+        if name.endswith(".safetensors"):
+            before, after = load_file(output / name), load_file(again / name)
+            assert before.keys() == after.keys(), name
+            assert all(torch.equal(before[key], after[key]) for key in before), name
+        elif name.endswith(".json") and name != "tokenizer_config.json":
+            assert json.loads((output / name).read_text()) == json.loads((again / name).read_text()), name
+    card = ModelCard.load(output / "README.md")
+    assert card.data.license_name == "lavit-community-license" and card.data.base_model == "rain1011/LaVIT-7B-v2"
+    for text in ("LaVIT Community License", "64 × 64 pixels", "pipe.reconstruct", "0.5 M"):
+        assert text in card.text, text
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def sentencepiece_model() -> SentencePieceModel:
+    return parse_sentencepiece((CHECKPOINT / "language_model" / "tokenizer.model").read_bytes())
+
+
+def test_text_behind_a_special_token_begins_with_a_space_in_legacy_mode_alone():
+    legacy, new = (build_tokenizer(sentencepiece_model(), legacy, add_bos_token=False) for legacy in (True, False))
+    for text in ("a photo", " a", "▁a", "  a\n", "", "北"):
+        assert legacy.encode(text).ids == new.encode(text).ids, text
+    assert legacy.encode("a</s>a").tokens == ["▁a", "</s>", "▁a"]
+    assert new.encode("a</s>a").tokens == ["▁a", "</s>", "a"]
+    assert new.encode("</s>a").tokens == ["</s>", "a"]
+
+
+def test_merges_follow_the_order_of_the_text_where_pairs_overlap():
+    pieces = [("a", -9.0, 1), ("b", -9.0, 1), ("ab", -1.0, 1), ("ba", -2.0, 1), ("aba", -3.0, 1)]
+    assert merges_of(SentencePieceModel(pieces))[2:] == [("ab", "a"), ("a", "ba")]
+    pieces = [("a", -9.0, 1), ("aa", -1.0, 1), ("aaa", -2.0, 1)]
+    assert merges_of(SentencePieceModel(pieces)) == [("a", "a"), ("aa", "a"), ("a", "aa")]
+
+
+def random_text(generator: random.Random, pieces: list[str]) -> str:
+    def character() -> str:
+        ranges = [(0, 127), (0, 0x2FFF), (0, 0xD7FF), (0xE000, 0x10FFFF)]
+        return chr(generator.randint(*generator.choice(ranges)))
+
+    def word() -> str:
+        return generator.choice(pieces).replace("▁", generator.choice(" ▁"))
+
+    draw = generator.choice([character, word, lambda: generator.choice("ab  \n.-=")])
+    return "".join(draw() for _ in range(generator.randint(0, 30)))
+
+
+def test_random_texts_become_the_ids_of_sentencepiece(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece, to compare with, is not installed")
+    file = CHECKPOINT / "language_model" / "tokenizer.model"
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    assert main([str(CHECKPOINT), str(tmp_path / "out"), "--pixel-decoder", "none"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    new = build_tokenizer(sentencepiece_model(), legacy=False, add_bos_token=False)
+    pieces = [text for text, _, kind in sentencepiece_model().pieces if kind == 1]
+    generator = random.Random(0)
+    for text in (random_text(generator, pieces) for _ in range(10_000)):
+        ids = reference.encode(text)
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids, repr(text)
+        assert new.encode(text, add_special_tokens=False).ids == ids, repr(text)
