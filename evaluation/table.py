@@ -29,7 +29,7 @@ def table(report: dict) -> str:
         ("reconstruction: name top-5", *pair("reconstruction", "name_top5"), ".70 / .50"),
         ("reconstruction: PSNR, dB", *pair("reconstruction", "psnr"), ""),
         (
-            f"text → image, {seen['text_to_image']['prompts']} / {held['text_to_image']['prompts']} prompts: name top-5",
+            f"drawing from text, {seen['text_to_image']['prompts']} / {held['text_to_image']['prompts']}: name top-5",
             *pair("text_to_image", "name_top5"),
             ".50 / .40",
         ),

@@ -129,10 +129,18 @@ class LanguageModelTraining(nn.Module):
             embeds, attention_mask, labels = expanded.inputs_embeds, expanded.attention_mask, expanded.labels
         else:
             embeds = model.get_input_embeddings()(input_ids)
-        hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
-        labelled = labels[:, 1:] != IGNORED_LABEL
-        targets = labels[:, 1:][labelled]
-        losses = F.cross_entropy(model.lm_head(hidden[:, :-1][labelled]).float(), targets, reduction="none")
+        hidden, targets = [], []
+        lengths = attention_mask.sum(1)
+        for rows in lengths.argsort().chunk(self.recipe["length_groups"]):  # rows of like length: little padding
+            kept = slice(int(lengths[rows].max()))
+            states = model.model.language_model(
+                inputs_embeds=embeds[rows, kept], attention_mask=attention_mask[rows, kept]
+            ).last_hidden_state
+            labelled = labels[rows, kept][:, 1:] != IGNORED_LABEL
+            hidden.append(states[:, :-1][labelled])
+            targets.append(labels[rows, kept][:, 1:][labelled])
+        targets = torch.cat(targets)
+        losses = F.cross_entropy(model.lm_head(torch.cat(hidden)).float(), targets, reduction="none")
         is_text = targets < model.config.text_vocab_size
         weights = torch.where(is_text, self.recipe["text_weight"], 1.0)
         metrics = {"code_loss": losses[targets >= offset].mean().detach()}
