@@ -123,6 +123,7 @@ def convert(
                 "",
                 "model",
                 dtype,
+                keys.official_name,
             )
         ]
         for part in (config, config.text_config, config.visual_config):

@@ -152,3 +152,25 @@ def is_visual(key: str) -> bool:
     if key.startswith("encoder."):
         return _rename(key.removeprefix("encoder."), _ENCODER).startswith(("embeddings.", "encoder.", "post_"))
     return key.startswith("vit_proj.") or _rename(key, _TOKENIZER) != key
+
+
+def official_name(key: str) -> str:
+    """The official name of a weight of `LavitForConditionalGeneration`, for messages."""
+    if key.startswith("model.visual_tokenizer.encoder."):
+        name = _undo(key.removeprefix("model.visual_tokenizer.encoder."), _ENCODER)
+        return name.replace(".attn.qkv.bias", ".attn.q_bias and v_bias")
+    if key.startswith("model.understanding.projection."):
+        return key.replace("model.understanding.projection.", "vit_proj.")
+    for prefix in ("model.visual_tokenizer.", "model.understanding."):
+        if key.startswith(prefix):
+            return _undo(key.removeprefix(prefix), _TOKENIZER + _BLOCK)
+    return key.replace("model.language_model.", "model.")
+
+
+def _undo(key: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in reversed(rules):
+        # of two official names, the visual tokenizer's stands first
+        original = re.sub(r"\((\w+)\|\w+\)", r"\1", pattern).replace("\\.", ".").strip("^$")
+        if key.startswith(replacement) if pattern.startswith("^") else replacement in key:
+            key = key.replace(replacement, original, 1)
+    return key

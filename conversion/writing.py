@@ -48,7 +48,13 @@ class Plan:
 
 
 def plan_weights(
-    name: str, read: Callable[[], StateDict], target: StateDict, folder: str, stem: str, dtype: torch.dtype | None
+    name: str,
+    read: Callable[[], StateDict],
+    target: StateDict,
+    folder: str,
+    stem: str,
+    dtype: torch.dtype | None,
+    official_name: Callable[[str], str] = str,
 ) -> Plan:
     """Checks that the weights are exactly those that a model has.
 
@@ -56,17 +62,20 @@ def plan_weights(
         name, read, folder, stem: see [`Plan`].
         target: the state dict of our model, on the meta device.
         dtype: that floating-point weights are written in, but for codebooks; `None` keeps each as it is.
+        official_name: of one of our names, for messages.
 
     Raises:
         ValueError: a weight is missing, has no place in the model, or has another shape.
     """
     weights = read()
     if target.keys() - weights.keys():
-        raise ValueError(f"{name}: weights are missing for {name_some(target.keys() - weights.keys())}")
+        missing = map(official_name, target.keys() - weights.keys())
+        raise ValueError(f"{name}: weights are missing: {name_some(missing)}")
     if weights.keys() - target.keys():
-        raise ValueError(f"{name}: nothing in the model takes the weights {name_some(weights.keys() - target.keys())}")
+        extra = map(official_name, weights.keys() - target.keys())
+        raise ValueError(f"{name}: nothing in the model takes the weights {name_some(extra)}")
     wrong = [
-        f"{key} {tuple(weights[key].shape)}, not {tuple(tensor.shape)}"
+        f"{official_name(key)} {tuple(weights[key].shape)}, not {tuple(tensor.shape)}"
         for key, tensor in target.items()
         if weights[key].shape != tensor.shape
     ]

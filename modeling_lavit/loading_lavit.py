@@ -1,6 +1,7 @@
 """Loading that never leaves a weight at random: what a checkpoint lacks is an error."""
 
 import torch
+from safetensors import SafetensorError
 
 
 class StrictLoadingMixin:
@@ -16,7 +17,8 @@ class StrictLoadingMixin:
         """Loads a checkpoint, see `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError: the folder or repository is no checkpoint (no `config.json`, no weights file).
+            OSError: the folder or repository is no checkpoint (no `config.json`, no weights file), or a weights file
+                is damaged.
             ValueError: the checkpoint lacks weights of this class, or has them in another shape; the keys are named.
         """
         if "dtype" in kwargs and kwargs["dtype"] is None:
@@ -24,13 +26,18 @@ class StrictLoadingMixin:
             kwargs["dtype"] = torch.float32
         output_loading_info = kwargs.pop("output_loading_info", False)
         accept_mismatched = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"a weights file of {pretrained_model_name_or_path!s} is damaged or cut short ({error}): get it again"
+            ) from error
         if info["missing_keys"]:
             raise ValueError(
                 f"{pretrained_model_name_or_path!s} has no weights for {_name_some(info['missing_keys'])} of "

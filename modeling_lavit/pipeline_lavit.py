@@ -116,6 +116,11 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs the feature_extractor that prepares its input")
+        if processor.boi_token_id != model.config.vocabulary.boi_token_id:
+            raise ValueError(
+                f"the processor's [IMG] has the id {processor.boi_token_id}, the model's is "
+                f"{model.config.vocabulary.boi_token_id}: of different checkpoints, or tokenizer.json is missing"
+            )
         self.register_modules(
             processor=processor,
             model=model,

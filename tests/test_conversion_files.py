@@ -140,6 +140,10 @@ def test_full_size_weights_are_exactly_those_of_the_model():
     language_model, left_out = keys.drop_known_extras(on_meta(official_language_model()))
     assert len(left_out) == 32
     assert all(keys.is_visual(name) for name in tokenizer | tower)
+    assert {
+        "encoder." + name if "encoder." + name in tower else name
+        for name in map(keys.official_name, model.state_dict())
+    } >= {name for name in (tokenizer | tower | language_model) if not name.endswith(("q_bias", "v_bias"))}
     converted = keys.rename_language_model(language_model)
     for name, tensor in keys.rename_tokenizer(tokenizer | tower).items():
         if name.startswith("vit_proj."):
@@ -208,10 +212,13 @@ FAULTS = {
     "missing language model": (lambda c: shutil.rmtree(c / "language_model"), "is missing"),
     "missing unet": (lambda c: shutil.rmtree(c / "highres_pixel_decoding/unet"), "unet/config.json is missing"),
     "missing conditions": (lambda c: (c / "pixel_decoding/uncond_embeddings.bin").unlink(), "uncond_embeddings"),
-    "missing key": (lambda c: change(c / TOKENIZER, token_predictor__in_conv__0__bias=None), "selector.norm.bias"),
+    "missing key": (
+        lambda c: change(c / TOKENIZER, token_predictor__in_conv__0__bias=None),
+        "missing: token_predictor.in_conv.0.bias",
+    ),
     "missing half of a bias": (
         lambda c: change(c / "visual_tokenizer/eva_vitg_psz14.bin", blocks__1__attn__v_bias=None),
-        "layers.1.self_attn.qkv.bias",
+        "blocks.1.attn.q_bias and v_bias",
     ),
     "missing key of a shard": (lambda c: change(c / SHARD, **{NORM: None}), "which the index promises"),
     "extra key": (lambda c: change(c / TOKENIZER, quantize__usage=torch.ones(2)), "quantize.usage"),

@@ -260,6 +260,23 @@ def test_missing_weights_are_an_error_in_every_component(folder, tmp_path):
         LavitPipeline.from_pretrained(tmp_path)
 
 
+def test_a_weights_file_that_was_cut_short_is_an_error_that_says_so(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    content = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match="damaged or cut short"):
+        LavitPipeline.from_pretrained(broken)
+
+
+def test_a_folder_without_its_tokenizer_is_an_error(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        LavitPipeline.from_pretrained(broken)
+
+
 def test_a_file_is_no_place_for_a_folder(pipe, tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="is a file"):
