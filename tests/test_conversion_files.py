@@ -140,10 +140,9 @@ def test_full_size_weights_are_exactly_those_of_the_model():
     language_model, left_out = keys.drop_known_extras(on_meta(official_language_model()))
     assert len(left_out) == 32
     assert all(keys.is_visual(name) for name in tokenizer | tower)
-    assert {
-        "encoder." + name if "encoder." + name in tower else name
-        for name in map(keys.official_name, model.state_dict())
-    } >= {name for name in (tokenizer | tower | language_model) if not name.endswith(("q_bias", "v_bias"))}
+    named = set(map(keys.official_name, model.state_dict()))
+    for name in tokenizer | tower | language_model:
+        assert name.removeprefix("encoder.") in named or name.endswith(("q_bias", "v_bias")), name
     converted = keys.rename_language_model(language_model)
     for name, tensor in keys.rename_tokenizer(tokenizer | tower).items():
         if name.startswith("vit_proj."):
@@ -389,7 +388,10 @@ def test_the_folder_is_what_the_pipeline_saves_and_its_card_names_the_licence(tm
             assert before.keys() == after.keys(), name
             assert all(torch.equal(before[key], after[key]) for key in before), name
         elif name.endswith(".json") and name != "tokenizer_config.json":
-            assert json.loads((output / name).read_text()) == json.loads((again / name).read_text()), name
+            before, after = (json.loads((folder / name).read_text()) for folder in (output, again))
+            # diffusers notes where a component was loaded from
+            after.pop("_name_or_path", None)
+            assert before == after, name
     card = ModelCard.load(output / "README.md")
     assert card.data.license_name == "lavit-community-license" and card.data.base_model == "rain1011/LaVIT-7B-v2"
     for text in ("LaVIT Community License", "64 × 64 pixels", "pipe.reconstruct", "0.5 M"):
