@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,11 @@ def test_the_model_card_is_written_from_the_template(folder):
     assert "lavit" in card.data.tags
     assert "| visual codes | 24 |" in card.text
     template = (Path(modeling_lavit.__file__).parent.parent / "model_card.md").read_text()
-    assert template.split("## Use")[1].strip() == card.text.split("## Use")[1].strip()
+    # sections about a second decoder and a licence are for converted checkpoints
+    for part in re.split(r"{%.*?%}", template.split("## Use")[1]):
+        is_for_others = "lowres" in part or "notice" in part
+        assert (part.strip() in card.text) is not is_for_others, part
+    assert "{%" not in card.text and "## Licence" not in card.text
 
 
 def test_with_the_package_everything_loads_without_a_flag(folder, drawn):
