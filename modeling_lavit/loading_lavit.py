@@ -36,7 +36,7 @@ class StrictLoadingMixin:
             )
         except SafetensorError as error:
             raise OSError(
-                f"a weights file of {pretrained_model_name_or_path!s} is damaged or cut short ({error}): get it again"
+                f"a weights file of {pretrained_model_name_or_path!s} is damaged or truncated ({error}): get it again"
             ) from error
         if info["missing_keys"]:
             raise ValueError(

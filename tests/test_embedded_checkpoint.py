@@ -88,7 +88,7 @@ def test_it_draws_what_is_asked_for(pipe, judge):
     images = pipe(prompts, generator=seeded(len(prompts))).images
     scores = judge.score(to_tensor(images, 48), [row["name"] for row in rows])
     # by chance it would be .02
-    assert scores["name_top5"] > 0.4
+    assert scores["name_top5"] > 0.2
 
 
 def test_the_same_picture_gives_the_same_tokens_and_they_tell_what_it_was(pipe, judge):

@@ -1,9 +1,9 @@
 """Tiny real components shared by all tests: the classes of the package at the smallest useful size.
 
-    config = tiny_config()            # 16 patches, 24 codes, 300 text ids
-    model = tiny_model()              # LavitForConditionalGeneration, seeded
-    processor = tiny_processor()      # LavitProcessor around tiny_tokenizer()
-    tiny_detokenizer(), tiny_unet(), tiny_vae(), tiny_scheduler()
+config = tiny_config()            # 16 patches, 24 codes, 300 text ids
+model = tiny_model()              # LavitForConditionalGeneration, seeded
+processor = tiny_processor()      # LavitProcessor around tiny_tokenizer()
+tiny_detokenizer(), tiny_unet(), tiny_vae(), tiny_scheduler()
 """
 
 import torch

@@ -1,0 +1,1 @@
+../../modeling_lavit/autoencoder_lavit.py

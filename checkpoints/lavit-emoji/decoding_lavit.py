@@ -1,0 +1,1 @@
+../../modeling_lavit/decoding_lavit.py

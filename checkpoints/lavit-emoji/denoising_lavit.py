@@ -1,0 +1,1 @@
+../../modeling_lavit/denoising_lavit.py

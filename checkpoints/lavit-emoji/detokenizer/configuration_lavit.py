@@ -1,0 +1,1 @@
+../../../modeling_lavit/configuration_lavit.py

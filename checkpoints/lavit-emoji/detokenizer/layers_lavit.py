@@ -1,0 +1,1 @@
+../../../modeling_lavit/layers_lavit.py

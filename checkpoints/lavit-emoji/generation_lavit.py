@@ -1,0 +1,1 @@
+../../modeling_lavit/generation_lavit.py

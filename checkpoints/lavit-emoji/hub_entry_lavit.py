@@ -1,0 +1,43 @@
+"""Where diffusers begins: it copies what this file imports, and finds what is registered here."""
+
+from .autoencoder_lavit import __doc__ as _
+from .configuration_lavit import __doc__ as _
+from .decoding_lavit import __doc__ as _
+from .denoising_lavit import __doc__ as _
+from .generation_lavit import __doc__ as _
+from .hub_lavit import __doc__ as _
+from .image_processing_lavit import __doc__ as _
+from .layers_lavit import __doc__ as _
+from .loading_lavit import __doc__ as _
+from .model_card_lavit import __doc__ as _
+from .modeling_lavit import __doc__ as _
+from .modeling_lavit_detokenizer import __doc__ as _
+from .modeling_lavit_visual_tokenizer import __doc__ as _
+from .pipeline_lavit import __doc__ as _
+from .pipeline_text_to_image import __doc__ as _
+from .processing_lavit import __doc__ as _
+from .prompts_lavit import __doc__ as _
+from .unet_lavit import __doc__ as _
+from .modeling_lavit import LavitForConditionalGeneration
+from .modeling_lavit import LavitModel
+from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from .modeling_lavit_detokenizer import LavitDetokenizer
+from .image_processing_lavit import LavitImageProcessor
+from .processing_lavit import LavitProcessor
+from .pipeline_lavit import LavitPipeline
+from .unet_lavit import LavitUNet2DConditionModel
+from .autoencoder_lavit import LavitPatchAutoencoder
+from .hub_lavit import register_classes
+
+
+register_classes(
+    generation_model=LavitForConditionalGeneration,
+    model=LavitModel,
+    visual_tokenizer=LavitVisualTokenizer,
+    detokenizer=LavitDetokenizer,
+    image_processor=LavitImageProcessor,
+    processor=LavitProcessor,
+    pipeline=LavitPipeline,
+    unet=LavitUNet2DConditionModel,
+    vae=LavitPatchAutoencoder,
+)

@@ -1,0 +1,1 @@
+../../modeling_lavit/hub_lavit.py

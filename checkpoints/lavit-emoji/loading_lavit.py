@@ -1,0 +1,1 @@
+../../modeling_lavit/loading_lavit.py

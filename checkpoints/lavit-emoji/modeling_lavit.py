@@ -1,0 +1,1 @@
+../../modeling_lavit/modeling_lavit.py

@@ -1,0 +1,1 @@
+../../modeling_lavit/pipeline_lavit.py

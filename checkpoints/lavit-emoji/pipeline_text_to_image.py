@@ -1,0 +1,1 @@
+../../modeling_lavit/pipeline_text_to_image.py

@@ -1,0 +1,1 @@
+../../modeling_lavit/prompts_lavit.py

@@ -1,0 +1,1 @@
+../../modeling_lavit/unet_lavit.py
