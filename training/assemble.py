@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--link-code", action="store_true", help="link to this checkout's code instead of copying it")
     options = parser.parse_args()
     defaults = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in options.default)}
+    for link in filter(Path.is_symlink, options.output.rglob("*.py")):
+        link.unlink()
     assemble(options.language_model, options.pixel_decoder, torch.float16, defaults).save_pretrained(options.output)
     load_in_float32(options.output)
     if options.link_code:
