@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output:
         options.output.write_text(text + "\n")
     if options.sheet:
-        draw_sheet(pictures).save(options.sheet)
+        draw_sheet(pictures).quantize(256).save(options.sheet, optimize=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from modeling_lavit import LavitPipeline
 from modeling_lavit.evaluation.judge import Judge
 from modeling_lavit.evaluation.report import main as evaluate
 from modeling_lavit.evaluation.report import to_tensor
+from modeling_lavit.evaluation.table import table
 
 
 ROOT = Path(__file__).parents[1]
@@ -145,3 +146,8 @@ def test_the_evaluation_reports_every_figure(tmp_path):
         assert {"name_top5", "style"} <= figures[split]["text_to_image"].keys()
     assert 0 < figures["tokens"]["keep_rate"] < 1
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
+
+
+def test_the_readmes_tables_are_the_recorded_figures():
+    figures = json.loads((CHECKPOINT / "figures.json").read_text())
+    assert table(figures) in (ROOT / "README.md").read_text()
