@@ -8,12 +8,16 @@ from tiny import (
     END,
     EOI,
     NUM_PATCHES,
+    PROMPTS,
+    THREE,
+    draw_images,
     left_padded,
     right_padded,
     seeded,
     tiny_images,
     tiny_model,
     tiny_text_config,
+    without_padding,
 )
 from transformers import CompileConfig, GenerationConfig
 
@@ -21,40 +25,11 @@ from modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.decoding_lavit import draw
 
 
-THREE = {"min_image_tokens": 3, "max_image_tokens": 3}
-PROMPTS = [[1, 20, 30, 40, 50, 60, BOI], [1, 33, BOI], [1, 70, 80, 90, BOI]]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def talkative():
-    """A model that likes to open images, so that interleaved sequences have some."""
-    likes_images = tiny_model()
-    with torch.no_grad():
-        likes_images.lm_head.weight[:BOI] *= 0.3
-        likes_images.lm_head.weight[BOI] *= 3
-    return likes_images
-
-
-def without_padding(row, pad=2):
-    ids = row.tolist()
-    return ids[: ids.index(EOI) + 1] if EOI in ids else ids
-
-
-def images(model, rows, **kwargs):
-    settings = {"generation_mode": "image", "min_image_tokens": 4, "guidance_scale": 3.0} | kwargs
-    return model.generate(**left_padded(rows), **settings)
-
-
 # --- image mode ---
 
 
 def test_image_mode_returns_codes_up_to_the_closing_id_and_padding_behind(model):
-    rows = images(model, PROMPTS * 4, generator=seeded(0))
+    rows = draw_images(model, PROMPTS * 4, generator=seeded(0))
     lengths = set()
     for row in rows:
         ids = row.tolist()
@@ -70,19 +45,19 @@ def test_image_mode_returns_codes_up_to_the_closing_id_and_padding_behind(model)
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_a_batch_of_prompts_equals_each_prompt_alone(model, scale, do_sample):
     settings = {"guidance_scale": scale, "do_sample": do_sample}
-    together = images(model, PROMPTS, generator=[seeded(i) for i in range(3)], **settings)
+    together = draw_images(model, PROMPTS, generator=[seeded(i) for i in range(3)], **settings)
     for index, prompt in enumerate(PROMPTS):
-        alone = images(model, [prompt], generator=seeded(index), **settings)
+        alone = draw_images(model, [prompt], generator=seeded(index), **settings)
         assert without_padding(together[index]) == without_padding(alone[0])
 
 
 def test_a_batch_of_prompts_with_pictures_equals_each_alone(model):
     pixels = tiny_images(3)
     rows = [[1, BOI, EOI, 40, BOI], [1, BOI, EOI, 7, BOI, EOI, BOI]]
-    together = images(model, rows, pixel_values=pixels, do_sample=False)
+    together = draw_images(model, rows, pixel_values=pixels, do_sample=False)
     alone = [
-        images(model, rows[:1], pixel_values=pixels[:1], do_sample=False),
-        images(model, rows[1:], pixel_values=pixels[1:], do_sample=False),
+        draw_images(model, rows[:1], pixel_values=pixels[:1], do_sample=False),
+        draw_images(model, rows[1:], pixel_values=pixels[1:], do_sample=False),
     ]
     assert [without_padding(row) for row in together] == [without_padding(row[0]) for row in alone]
 
@@ -90,27 +65,27 @@ def test_a_batch_of_prompts_with_pictures_equals_each_alone(model):
 def test_pictures_of_drawing_prompts_are_read_as_their_discrete_codes(model):
     pixels = tiny_images(1)
     codes = (model.get_image_tokens(pixels).codes + CODE).tolist()
-    with_pixels = images(model, [[1, BOI, EOI, 40, BOI]], pixel_values=pixels, do_sample=False)
-    with_codes = images(model, [[1, BOI, *codes, EOI, 40, BOI]], do_sample=False)
+    with_pixels = draw_images(model, [[1, BOI, EOI, 40, BOI]], pixel_values=pixels, do_sample=False)
+    with_codes = draw_images(model, [[1, BOI, *codes, EOI, 40, BOI]], do_sample=False)
     assert torch.equal(with_pixels, with_codes)
 
 
 def test_the_opening_id_is_appended_where_a_prompt_lacks_it(model):
     bare = [[1, 20, 30], [1, 33, BOI], [1, 70, 80, 90]]
     opened = [row if row[-1] == BOI else [*row, BOI] for row in bare]
-    assert torch.equal(images(model, bare, do_sample=False), images(model, opened, do_sample=False))
+    assert torch.equal(draw_images(model, bare, do_sample=False), draw_images(model, opened, do_sample=False))
 
 
 def test_an_image_that_was_begun_is_continued(model):
     begun = [1, 20, BOI, CODE + 3, CODE + 9]
-    new = images(model, [begun], do_sample=False, min_image_tokens=6, max_image_tokens=6)
+    new = draw_images(model, [begun], do_sample=False, min_image_tokens=6, max_image_tokens=6)
     assert new.shape[1] == 6 - 2 + 1
     assert new[0, -1] == EOI
 
 
 @pytest.mark.parametrize("pad", [0, 2, 77, BOI, CODE + 1])
 def test_the_pad_id_and_its_side_are_irrelevant(model, pad):
-    expected = images(model, PROMPTS, do_sample=False)
+    expected = draw_images(model, PROMPTS, do_sample=False)
     for batch in (left_padded(PROMPTS, pad), right_padded(PROMPTS, pad)):
         new = model.generate(**batch, generation_mode="image", min_image_tokens=4, guidance_scale=3.0, do_sample=False)
         assert torch.equal(new, expected)
@@ -118,7 +93,7 @@ def test_the_pad_id_and_its_side_are_irrelevant(model, pad):
 
 def test_batched_guidance_equals_two_separate_passes(model):
     scale, prompt = 3.0, PROMPTS[0]
-    new = images(model, [prompt], do_sample=False, guidance_scale=scale)[0].tolist()
+    new = draw_images(model, [prompt], do_sample=False, guidance_scale=scale)[0].tolist()
     written: list[int] = []
     for token in new:
         conditional = model(torch.tensor([prompt + written])).logits[0, -1].log_softmax(-1)
@@ -132,7 +107,7 @@ def test_batched_guidance_equals_two_separate_passes(model):
             allowed[CODE:END] = float("-inf")
         assert int((scores + allowed).argmax()) == token
         written.append(token)
-    unguided = images(model, [prompt], do_sample=False, guidance_scale=None)[0].tolist()
+    unguided = draw_images(model, [prompt], do_sample=False, guidance_scale=None)[0].tolist()
     assert unguided != new
 
 
@@ -150,7 +125,7 @@ def test_a_guidance_scale_of_one_is_a_single_stream(model):
 
 def test_a_negative_prompt_takes_the_place_of_the_unconditional_stream(model):
     scale, prompt, negative = 3.0, PROMPTS[1], [1, 50, 60, 70, BOI]
-    new = images(model, [prompt], do_sample=False, negative_prompt_ids=torch.tensor([negative]))[0].tolist()
+    new = draw_images(model, [prompt], do_sample=False, negative_prompt_ids=torch.tensor([negative]))[0].tolist()
     conditional = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
     unconditional = model(torch.tensor([negative])).logits[0, -1].log_softmax(-1)
     scores = unconditional + scale * (conditional - unconditional)
@@ -158,7 +133,7 @@ def test_a_negative_prompt_takes_the_place_of_the_unconditional_stream(model):
 
 
 def test_the_computed_rows_of_the_head_give_what_the_full_head_gives_masked(model, monkeypatch):
-    expected = images(model, PROMPTS, generator=seeded(3))
+    expected = draw_images(model, PROMPTS, generator=seeded(3))
     ranges = set()
     compute = type(model)._compute_logits
 
@@ -167,7 +142,7 @@ def test_the_computed_rows_of_the_head_give_what_the_full_head_gives_masked(mode
         return compute(self, hidden_states, None)
 
     monkeypatch.setattr(type(model), "_compute_logits", compute_all)
-    assert torch.equal(images(model, PROMPTS, generator=seeded(3)), expected)
+    assert torch.equal(draw_images(model, PROMPTS, generator=seeded(3)), expected)
     assert ranges == {(EOI, END)}
 
 
@@ -191,21 +166,21 @@ def test_a_compiled_decode_step_draws_the_same_image(model):
     settings = {"cache_implementation": "static", "do_sample": False, "max_image_tokens": 6}
     compile_config = CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
     compile_config._compile_all_devices = True
-    compiled = images(model, PROMPTS, compile_config=compile_config, **settings)
-    assert torch.equal(compiled, images(model, PROMPTS, **settings))
+    compiled = draw_images(model, PROMPTS, compile_config=compile_config, **settings)
+    assert torch.equal(compiled, draw_images(model, PROMPTS, **settings))
 
 
 # --- seeds ---
 
 
 def test_the_same_seed_draws_the_same_images_and_another_seed_others(model):
-    first, again, other = (images(model, PROMPTS, generator=seeded(seed)) for seed in (5, 5, 6))
+    first, again, other = (draw_images(model, PROMPTS, generator=seeded(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert first.tolist() != other.tolist()
 
 
 def test_without_a_generator_every_call_differs(model):
-    draws = {str(images(model, PROMPTS[:1]).tolist()) for _ in range(4)}
+    draws = {str(draw_images(model, PROMPTS[:1]).tolist()) for _ in range(4)}
     assert len(draws) > 1
 
 
@@ -239,28 +214,28 @@ def test_a_generator_makes_sampled_text_reproducible_with_and_without_beams(mode
 
 def test_several_images_per_prompt_are_distinct_draws_that_equal_single_ones(model):
     generators = [seeded(seed) for seed in range(6)]
-    rows = images(model, PROMPTS[:2], num_return_sequences=3, generator=generators)
+    rows = draw_images(model, PROMPTS[:2], num_return_sequences=3, generator=generators)
     assert rows.shape[0] == 6
     drawn = [tuple(without_padding(row)) for row in rows]
     assert len(set(drawn)) == 6
     for index in (1, 5):
-        alone = images(model, [PROMPTS[index // 3]], generator=seeded(index))
+        alone = draw_images(model, [PROMPTS[index // 3]], generator=seeded(index))
         assert drawn[index] == tuple(without_padding(alone[0]))
 
 
 def test_a_single_generator_gives_each_row_a_seed_of_its_own(model):
-    rows = images(model, PROMPTS[:1], num_return_sequences=4, generator=seeded(9))
+    rows = draw_images(model, PROMPTS[:1], num_return_sequences=4, generator=seeded(9))
     assert len({tuple(without_padding(row)) for row in rows}) == 4
     seeds = torch.randint(2**63 - 1, (4,), generator=seeded(9)).tolist()
-    alone = images(model, PROMPTS[:1], generator=seeded(seeds[2]))
+    alone = draw_images(model, PROMPTS[:1], generator=seeded(seeds[2]))
     assert without_padding(rows[2]) == without_padding(alone[0])
 
 
 def test_sampling_follows_temperature_top_k_and_top_p(model):
-    greedy = images(model, PROMPTS, do_sample=False).tolist()
+    greedy = draw_images(model, PROMPTS, do_sample=False).tolist()
     for settings in ({"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
-        assert images(model, PROMPTS, generator=seeded(1), **settings).tolist() == greedy
-    assert images(model, PROMPTS, generator=seeded(1), top_k=0, temperature=1.5).tolist() != greedy
+        assert draw_images(model, PROMPTS, generator=seeded(1), **settings).tolist() == greedy
+    assert draw_images(model, PROMPTS, generator=seeded(1), top_k=0, temperature=1.5).tolist() != greedy
 
 
 def test_drawn_ids_follow_their_probabilities_and_never_have_none():
@@ -277,14 +252,14 @@ def test_drawn_ids_follow_their_probabilities_and_never_have_none():
 
 
 def test_limits_of_image_tokens_hold(model):
-    rows = images(model, PROMPTS * 2, min_image_tokens=5, max_image_tokens=7, generator=seeded(2))
+    rows = draw_images(model, PROMPTS * 2, min_image_tokens=5, max_image_tokens=7, generator=seeded(2))
     assert {row.tolist().index(EOI) for row in rows} <= {5, 6, 7}
-    exact = images(model, PROMPTS, min_image_tokens=6, max_image_tokens=6, generator=seeded(2))
+    exact = draw_images(model, PROMPTS, min_image_tokens=6, max_image_tokens=6, generator=seeded(2))
     assert [row.tolist().index(EOI) for row in exact] == [6, 6, 6]
 
 
 def test_a_general_limit_on_new_ids_counts_the_closing_id(model):
-    rows = images(model, PROMPTS, max_new_tokens=4, generator=seeded(2))
+    rows = draw_images(model, PROMPTS, max_new_tokens=4, generator=seeded(2))
     assert [row.tolist().index(EOI) for row in rows] == [3, 3, 3]
 
 
@@ -301,7 +276,7 @@ def test_a_model_can_carry_better_image_defaults(model, tmp_path):
     own.save_pretrained(tmp_path)
     loaded = LavitForConditionalGeneration.from_pretrained(tmp_path)
     new = loaded.generate(**left_padded(PROMPTS), generation_mode="image", generator=seeded(0))
-    assert torch.equal(new, images(model, PROMPTS, guidance_scale=2.0, generator=seeded(0), **THREE))
+    assert torch.equal(new, draw_images(model, PROMPTS, guidance_scale=2.0, generator=seeded(0), **THREE))
 
 
 @pytest.mark.parametrize(

@@ -2,41 +2,26 @@
 
 import pytest
 import torch
-from tiny import BOI, CODE, END, EOI, left_padded, seeded, tiny_config, tiny_images, tiny_model
+from tiny import (
+    BOI,
+    CODE,
+    END,
+    EOI,
+    PROMPTS,
+    THREE,
+    draw_images,
+    left_padded,
+    seeded,
+    tiny_config,
+    tiny_images,
+    tiny_model,
+    without_padding,
+)
 from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_lavit.decoding_lavit import LavitGrammarLogitsProcessor, row_generators
-
-
-THREE = {"min_image_tokens": 3, "max_image_tokens": 3}
-PROMPTS = [[1, 20, 30, 40, 50, 60, BOI], [1, 33, BOI], [1, 70, 80, 90, BOI]]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def talkative():
-    """A model that likes to open images, so that interleaved sequences have some."""
-    likes_images = tiny_model()
-    with torch.no_grad():
-        likes_images.lm_head.weight[:BOI] *= 0.3
-        likes_images.lm_head.weight[BOI] *= 3
-    return likes_images
-
-
-def without_padding(row, pad=2):
-    ids = row.tolist()
-    return ids[: ids.index(EOI) + 1] if EOI in ids else ids
-
-
-def images(model, rows, **kwargs):
-    settings = {"generation_mode": "image", "min_image_tokens": 4, "guidance_scale": 3.0} | kwargs
-    return model.generate(**left_padded(rows), **settings)
 
 
 # --- interleaved mode ---
@@ -266,7 +251,7 @@ def test_a_streamer_gets_the_prompt_and_then_every_id(model, mode):
 
 
 def test_return_dict_has_sequences_scores_and_logits_of_every_step(model):
-    out = images(
+    out = draw_images(
         model,
         PROMPTS,
         generator=seeded(0),
@@ -279,7 +264,7 @@ def test_return_dict_has_sequences_scores_and_logits_of_every_step(model):
     assert len(out.scores) == len(out.logits) == steps
     assert out.scores[0].shape == (3, END)
     assert out.logits[0].shape == (6, END)
-    assert torch.equal(out.sequences, images(model, PROMPTS, generator=seeded(0), max_image_tokens=5))
+    assert torch.equal(out.sequences, draw_images(model, PROMPTS, generator=seeded(0), max_image_tokens=5))
 
 
 def test_stopping_criteria_see_the_prompt_and_what_was_written(model):
@@ -289,13 +274,13 @@ def test_stopping_criteria_see_the_prompt_and_what_was_written(model):
         lengths.append(tuple(input_ids.shape))
         return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 9)
 
-    new = images(model, PROMPTS, do_sample=False, stopping_criteria=[observe])
+    new = draw_images(model, PROMPTS, do_sample=False, stopping_criteria=[observe])
     assert lengths == [(3, 8), (3, 9)]
     assert new.shape == (3, 2)
 
 
 def test_beams_without_guidance_draw_whole_images(model):
-    rows = images(model, PROMPTS, num_beams=3, num_return_sequences=2, do_sample=False, guidance_scale=None)
+    rows = draw_images(model, PROMPTS, num_beams=3, num_return_sequences=2, do_sample=False, guidance_scale=None)
     assert rows.shape[0] == 6
     for row in rows:
         ids = without_padding(row)

@@ -246,3 +246,19 @@ def tiny_scheduler(prediction_type: str = "epsilon"):
         steps_offset=1,
         prediction_type=prediction_type,
     )
+
+
+THREE = {"min_image_tokens": 3, "max_image_tokens": 3}
+PROMPTS = [[1, 20, 30, 40, 50, 60, BOI], [1, 33, BOI], [1, 70, 80, 90, BOI]]
+
+
+def without_padding(row):
+    """A generated row up to its first `[/IMG]`."""
+    ids = row.tolist()
+    return ids[: ids.index(EOI) + 1] if EOI in ids else ids
+
+
+def draw_images(model, rows, **kwargs):
+    """Image mode with a guidance of 3, for ragged prompts."""
+    settings = {"generation_mode": "image", "min_image_tokens": 4, "guidance_scale": 3.0} | kwargs
+    return model.generate(**left_padded(rows), **settings)
