@@ -8,11 +8,12 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test style
+.PHONY: help demo test bench style
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
 	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
+	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
 	@echo "make style   set up, then check the style"
 
 demo: export OMP_NUM_THREADS ?= 1
@@ -29,6 +30,13 @@ test: export TOKENIZERS_PARALLELISM := false
 test: TESTS := tests
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+
+bench: export HF_HUB_OFFLINE := 1
+bench: export TRANSFORMERS_VERBOSITY := error
+bench: export DIFFUSERS_VERBOSITY := error
+bench: REPEATS := 5
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.run --repeats $(REPEATS) --output benchmarks/results $(if $(ROWS),--only $(ROWS))
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

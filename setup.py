@@ -49,7 +49,7 @@ setup(
     extras_require={
         "train": ["datasets", "peft", "resvg_py", "pyyaml"],
         "app": ["gradio"],
-        "dev": ["peft", "pytest", "pytest-xdist", "ruff", "setuptools"],
+        "dev": ["matplotlib", "peft", "pytest", "pytest-xdist", "ruff", "setuptools"],
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],

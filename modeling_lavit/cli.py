@@ -122,12 +122,17 @@ def build_parser() -> Parser:
     command = add(
         "tokenize",
         tokenize,
-        help="turn a picture into visual tokens, and show which patches they keep",
-        description="Prints how many patches of a picture are kept, and their codes.",
+        help="turn pictures into visual tokens, and show which patches they keep",
+        description="Prints how many patches of each picture are kept, and their codes.",
         example="lavit tokenize apple.png --show kept.png",
     )
-    command.add_argument("image", metavar="IMG", help="a picture")
-    command.add_argument("--show", type=Path, metavar="FILE", help="write the picture with dropped patches faded")
+    command.add_argument("images", nargs="+", metavar="IMG", help="pictures")
+    command.add_argument(
+        "--compare-kept-only",
+        action="store_true",
+        help="print how many codes change if the merger computes kept tokens only (the config's kept_only)",
+    )
+    command.add_argument("--show", type=Path, metavar="FILE", help="write the one picture with dropped patches faded")
     _add_keep_ratio(command)
 
     command = add(
@@ -230,19 +235,37 @@ def ask(options: argparse.Namespace):
 
 def tokenize(options: argparse.Namespace):
     """`lavit tokenize`"""
+    if options.show and len(options.images) > 1:
+        raise ValueError(f"--show takes one picture, got {len(options.images)}")
     _check_outputs([options.show] if options.show else [])
-    image = _load_image(options.image)
+    images = [_load_image(source) for source in options.images]
     model, processor = _load_reader(options)
     from modeling_lavit.show_lavit import show_kept_patches
 
-    pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
     tokenizer = model.model.visual_tokenizer
-    tokens = tokenizer.tokenize(pixel_values.to(tokenizer.device), keep_ratio=options.keep_ratio)
-    kept, patches = len(tokens.codes), tokens.keep_mask.shape[1]
-    print(f"{kept} of {patches} patches kept ({kept / patches:.0%})")
-    print("codes:", *tokens.codes.tolist())
-    if options.show:
-        _save([show_kept_patches(image, tokens.keep_mask[0])], [options.show])
+    if options.compare_kept_only and not tokenizer.config.attention_epsilon:
+        raise ValueError("the checkpoint's attention_epsilon is 0: kept tokens alone are exact, nothing can change")
+    changed = total = 0
+    for source, image in zip(options.images, images, strict=True):
+        pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values.to(tokenizer.device)
+        if options.compare_kept_only:
+            tokenizer.config.kept_only = True
+            fast_codes = tokenizer.tokenize(pixel_values, keep_ratio=options.keep_ratio).codes
+            tokenizer.config.kept_only = False
+        tokens = tokenizer.tokenize(pixel_values, keep_ratio=options.keep_ratio)
+        kept, patches = len(tokens.codes), tokens.keep_mask.shape[1]
+        prefix = "" if len(images) == 1 else f"{source}: "
+        print(f"{prefix}{kept} of {patches} patches kept ({kept / patches:.0%})")
+        if options.compare_kept_only:
+            different = int((tokens.codes != fast_codes).sum())
+            changed, total = changed + different, total + kept
+            print(f"{prefix}{different} of {kept} codes change with kept tokens only")
+        else:
+            print(f"{prefix}codes:", *tokens.codes.tolist())
+        if options.show:
+            _save([show_kept_patches(image, tokens.keep_mask[0])], [options.show])
+    if options.compare_kept_only and len(images) > 1:
+        print(f"{changed} of {total} codes ({changed / total:.2%}) change with kept tokens only")
 
 
 def reconstruct(options: argparse.Namespace):

@@ -69,6 +69,8 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
         merger_num_hidden_layers, merger_num_attention_heads: depth and heads of the merger.
         attention_epsilon: the merger's attention leak (spec: `1e-6` in official checkpoints). `0` makes computing the
             kept tokens alone exact.
+        kept_only: whether the merger computes kept tokens alone where `attention_epsilon` is not 0: faster, and close,
+            not equal (`lavit tokenize --compare-kept-only` counts the codes that change). May be switched at any time.
         codebook_size, codebook_dim: number of codes and their dimension.
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`) or `"argmax"`.
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
@@ -88,6 +90,7 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
     merger_num_attention_heads: int = 16
     merger_layer_norm_eps: float | int = 1e-5
     attention_epsilon: float | int = 1e-6
+    kept_only: bool = False
     codebook_size: int = 16384
     codebook_dim: int = 32
     selection: str = "sample"

@@ -1,7 +1,9 @@
 """The block that merger and detokenizer are made of: self attention, cross attention, feed-forward.
 
-Legend: B images, R rows (queries), K keys, N patches, C width, H heads, D = C / H.
+Legend: B images, N patches, R rows (queries), K keys, C width, H heads, D = C / H.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -26,6 +28,7 @@ def leaky_attention(
     scaling: float,
     allowed: torch.Tensor,
     epsilon: float,
+    present: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The merger's attention, differentiable with respect to `allowed`.
 
@@ -35,15 +38,38 @@ def leaky_attention(
     Args:
         query: (B, H, R, D). key, value: (B, H, K, D).
         allowed: (B, 1, R or 1, K), one where a key may be seen, zero elsewhere.
+        present: (B, 1, 1, K) bool, which keys maximum and mean are taken over; None for all.
 
     Returns:
         (B, R, H, D).
     """
-    logits = (torch.matmul(query, key.transpose(2, 3)) * scaling).float()
-    weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * allowed
+    logits = torch.matmul(query * scaling, key.transpose(2, 3)).float()
+    if present is None:
+        mean = value.mean(2, keepdim=True)
+    else:
+        logits = logits.masked_fill(~present, float("-inf"))
+        shares = present / present.sum(-1, keepdim=True)
+        mean = torch.matmul(shares.to(value.dtype), value)
+    weights = logits.sub_(logits.detach().amax(-1, keepdim=True)).exp_() * allowed
     total = weights.sum(-1, keepdim=True) + epsilon
-    hidden = torch.matmul(weights.to(value.dtype), value) + epsilon * value.mean(2, keepdim=True)
+    hidden = torch.matmul(weights.to(value.dtype), value) + epsilon * mean
     return (hidden / total.clamp_min(torch.finfo(torch.float32).tiny)).to(value.dtype).transpose(1, 2)
+
+
+def mixed_precision(norm: nn.LayerNorm, linear: nn.Linear, device: torch.device) -> AbstractContextManager:
+    """Autocast to the dtype of `linear` where that is narrower than the one of `norm`.
+
+    A model loaded in half precision keeps its norms, and with them its residual stream, in float32: summed up over
+    many layers in half precision it would lose the small increments.
+    """
+    if norm.weight.dtype == torch.float32 and linear.weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, linear.weight.dtype)
+    return nullcontext()
+
+
+def take_rows(hidden_states: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
+    """The rows (B, R) of every image: (B, N, C) to (B, R, C)."""
+    return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
 class LavitAttention(nn.Module):
@@ -74,21 +100,26 @@ class LavitAttention(nn.Module):
         context: torch.Tensor | None = None,
         allowed: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        present: torch.Tensor | None = None,
+        rows: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
             hidden_states: (B, R, C).
             context: (B, K, C); the sequence itself when None.
-            allowed: (B, 1, R or 1, K) multiplicative mask, see [`leaky_attention`].
+            allowed: (B, 1, R or 1, K) multiplicative mask; present: (B, 1, 1, K); see [`leaky_attention`].
             attention_mask: (B, 1, R or 1, K) additive mask.
+            rows: (B, R') of a sequence that attends to itself: these rows alone are queries.
         """
         if context is None:
             projected = self.qkv(hidden_states).chunk(3, dim=-1)
+            if rows is not None:
+                projected = take_rows(projected[0], rows), *projected[1:]
         else:
             projected = self.query(hidden_states), self.key(context), self.value(context)
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
         if allowed is not None and (self.epsilon or allowed.requires_grad):
-            attended = leaky_attention(query, key, value, self.scaling, allowed, self.epsilon)
+            attended = leaky_attention(query, key, value, self.scaling, allowed, self.epsilon, present)
         else:
             if allowed is not None:
                 attention_mask = (1 - allowed.to(query.dtype)) * torch.finfo(query.dtype).min
@@ -134,9 +165,19 @@ class LavitLayer(GradientCheckpointingLayer):
         self_allowed: torch.Tensor | None = None,
         cross_allowed: torch.Tensor | None = None,
         cross_attention_mask: torch.Tensor | None = None,
+        self_present: torch.Tensor | None = None,
+        cross_present: torch.Tensor | None = None,
+        rows: torch.LongTensor | None = None,
     ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.self_attn_layer_norm(hidden_states), allowed=self_allowed)
+        """(B, N, C) to (B, N, C), or to (B, R, C) where `rows` (B, R) asks for these alone; the rest see
+        [`LavitAttention.forward`]."""
+        attended = self.self_attn(
+            self.self_attn_layer_norm(hidden_states), allowed=self_allowed, present=self_present, rows=rows
+        )
+        if rows is not None:
+            hidden_states = take_rows(hidden_states, rows)
+        hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.cross_attn(
-            self.cross_attn_layer_norm(hidden_states), context, cross_allowed, cross_attention_mask
+            self.cross_attn_layer_norm(hidden_states), context, cross_allowed, cross_attention_mask, cross_present
         )
         return hidden_states + self.mlp(self.mlp_layer_norm(hidden_states))

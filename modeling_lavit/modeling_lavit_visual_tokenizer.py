@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_lavit import SELECTIONS, LavitVisualTokenizerConfig
-from .layers_lavit import LavitLayer
+from .layers_lavit import LavitLayer, mixed_precision, take_rows
 from .loading_lavit import StrictLoadingMixin
 
 
@@ -97,12 +97,28 @@ class LavitTokenSelector(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, C) to (B, N, 2) float32; index 0 is "keep"."""
-        hidden = F.gelu(self.in_proj(self.norm(features.to(self.norm.weight.dtype))))
-        local_half, global_half = hidden.chunk(2, dim=-1)
-        hidden = torch.cat([local_half, global_half.mean(1, keepdim=True).expand_as(global_half)], dim=-1)
-        hidden = F.gelu(self.hidden_proj1(hidden))
-        hidden = F.gelu(self.hidden_proj2(hidden))
-        return F.log_softmax(self.out_proj(hidden).float(), dim=-1)
+        with mixed_precision(self.norm, self.in_proj, features.device):
+            hidden = F.gelu(self.in_proj(self.norm(features.to(self.norm.weight.dtype))))
+            local_half, global_half = hidden.chunk(2, dim=-1)
+            hidden = torch.cat([local_half, global_half.mean(1, keepdim=True).expand_as(global_half)], dim=-1)
+            hidden = F.gelu(self.hidden_proj1(hidden))
+            hidden = F.gelu(self.hidden_proj2(hidden))
+            return F.log_softmax(self.out_proj(hidden).float(), dim=-1)
+
+
+def gather_rows(
+    hidden_states: torch.Tensor, chosen: torch.BoolTensor
+) -> tuple[torch.Tensor, torch.BoolTensor, torch.LongTensor]:
+    """The chosen rows of every image in order, padded to the most that one image has.
+
+    Args:
+        hidden_states: (B, N, C). chosen: (B, N).
+
+    Returns:
+        rows (B, R, C), which of them are no padding (B, R), and their places (B, R).
+    """
+    places = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
+    return take_rows(hidden_states, places), chosen.gather(1, places), places
 
 
 class LavitTokenMerger(nn.Module):
@@ -110,6 +126,8 @@ class LavitTokenMerger(nn.Module):
     dropped ones.
 
     Where `attention_epsilon` is 0 no kept row depends on the row of a dropped patch, and kept rows alone are computed.
+    With an epsilon all rows are, and the last layer's kept ones alone; or, with `config.kept_only`, kept rows
+    throughout: the leak then has its maximum and its mean over kept rows (in cross attention: over dropped ones).
     """
 
     def __init__(self, config: LavitVisualTokenizerConfig):
@@ -134,21 +152,38 @@ class LavitTokenMerger(nn.Module):
         """
         kept = keep_mask.bool()
         mask = keep_mask if keep_mask.is_floating_point() else kept.to(features.dtype)
+        merge = self._merge_kept if self.config.kept_only or not self.config.attention_epsilon else self._merge_all
+        with mixed_precision(self.norm, self.layers[0].mlp.fc1, features.device):
+            return merge(features, kept, mask)
+
+    def _merge_all(self, features: torch.Tensor, kept: torch.BoolTensor, mask: torch.Tensor) -> torch.Tensor:
         context = self.context_norm(features)
         cross_allowed = 1 - mask[:, None, None]
-        if self.config.attention_epsilon:
-            rows, hidden_states = kept, features
-            diagonal = torch.eye(features.shape[1], dtype=mask.dtype, device=mask.device)
-            self_allowed = torch.maximum(mask[:, None, None] * torch.ones_like(diagonal).tril(), diagonal)
-        else:
-            order = kept.int().argsort(dim=1, descending=True, stable=True)[:, : int(kept.sum(1).max())]
-            rows = kept.gather(1, order)
-            hidden_states = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-            causal = torch.ones(order.shape[1], order.shape[1], dtype=mask.dtype, device=mask.device).tril()
-            self_allowed = mask.gather(1, order)[:, None, None] * causal
-        for layer in self.layers:
+        diagonal = torch.eye(features.shape[1], dtype=mask.dtype, device=mask.device)
+        self_allowed = torch.maximum(mask[:, None, None] * torch.ones_like(diagonal).tril(), diagonal)
+        hidden_states = features
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, context, self_allowed, cross_allowed)
-        return self.norm(hidden_states[rows])
+        self_allowed, is_kept, places = gather_rows(self_allowed[:, 0], kept)
+        hidden_states = self.layers[-1](hidden_states, context, self_allowed[:, None], cross_allowed, rows=places)
+        return self.norm(hidden_states[is_kept])
+
+    def _merge_kept(self, features: torch.Tensor, kept: torch.BoolTensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden_states, is_kept, places = gather_rows(features, kept)
+        causal = torch.ones(places.shape[1], places.shape[1], dtype=mask.dtype, device=mask.device).tril()
+        self_allowed = mask.gather(1, places)[:, None, None] * causal
+        # an image that keeps all patches has its cross attention over all of them, none allowed; a mask that learns
+        # needs the kept ones too
+        is_key = ~kept | kept.all(1, keepdim=True) | mask.requires_grad
+        keys, is_key, key_places = gather_rows(features, is_key)
+        cross_allowed = (1 - mask.gather(1, key_places))[:, None, None] * is_key[:, None, None]
+        context = self.context_norm(keys)
+        present = {}
+        if self.config.attention_epsilon:
+            present = {"self_present": is_kept[:, None, None], "cross_present": is_key[:, None, None]}
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, context, self_allowed, cross_allowed, **present)
+        return self.norm(hidden_states[is_kept])
 
 
 class LavitQuantizer(nn.Module):
@@ -162,7 +197,7 @@ class LavitQuantizer(nn.Module):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Merged features (…, C) to the codebook's space (…, D)."""
-        return self.fc2(torch.tanh(self.fc1(features)))
+        return self.fc2(torch.tanh(self.fc1(features.to(self.fc1.weight.dtype))))
 
     def nearest(self, projected: torch.Tensor) -> torch.Tensor:
         """(…, D) to the codes (…,) nearest to its unit vector; distances in float32, the lowest code wins a tie."""
@@ -186,7 +221,7 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["LavitLayer"]
-    _keep_in_fp32_modules_strict = ["codebook"]
+    _keep_in_fp32_modules_strict = ["codebook", "layer_norm", "context_norm", "merger.norm", "selector.norm"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -206,13 +241,23 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
             init.normal_(module.codebook.weight)
             init.copy_(module.codebook.weight, F.normalize(module.codebook.weight, dim=-1))
 
+    def compile(self, **options) -> None:
+        """Compiles every layer in place, each without a graph break; what lies between them depends on how many
+        patches are kept. `options`: of `torch.compile`."""
+        options = {"fullgraph": True, "dynamic": True} | options
+        for layer in (*self.encoder.encoder.layers, self.selector, *self.merger.layers, self.quantizer):
+            layer.compile(**options)
+
     def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) normalised pixels to the features (B, N, C) of the encoder's last block, no post norm."""
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
-        embeddings = self.encoder.embeddings(pixel_values.to(self.encoder.dtype))
-        return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
+        first = self.encoder.encoder.layers[0]
+        with mixed_precision(first.layer_norm1, first.mlp.fc1, pixel_values.device):
+            embeddings = self.encoder.embeddings(pixel_values.to(self.encoder.dtype))
+            embeddings = embeddings.to(first.layer_norm1.weight.dtype)
+            return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
 
     def select(
         self,

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import NUM_PATCHES, tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet
+from tiny import (
+    NUM_PATCHES,
+    tiny_detokenizer,
+    tiny_model,
+    tiny_processor,
+    tiny_scheduler,
+    tiny_unet,
+    tiny_visual_config,
+)
 
 import modeling_lavit
 from modeling_lavit import LavitPipeline
@@ -147,6 +155,24 @@ def test_tokenize_prints_the_codes_and_shows_the_kept_patches(here, checkpoint, 
     assert name == "kept.png" and pixels(here / "kept.png").shape == (480, 480, 3)
 
 
+def test_tokenize_counts_the_codes_that_change_with_kept_tokens_only(tmp_path, capsys):
+    leaky = tiny_model(visual_config=tiny_visual_config(attention_epsilon=0.3))
+    leaky.save_pretrained(tmp_path)
+    tiny_processor().save_pretrained(tmp_path)
+    assert run("tokenize", PICTURE, PICTURE, "--compare-kept-only", "--model", str(tmp_path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    pixel_values = tiny_processor().image_processor(PICTURE, return_tensors="pt").pixel_values
+    exact = leaky.get_image_tokens(pixel_values).codes
+    leaky.config.visual_config.kept_only = True
+    changed = int((exact != leaky.get_image_tokens(pixel_values).codes).sum())
+    assert changed
+    assert [line for line in lines if "change" in line][:2] == [
+        f"{PICTURE}: {changed} of {len(exact)} codes change with kept tokens only"
+    ] * 2
+    assert lines[-1].startswith(f"{2 * changed} of {2 * len(exact)} codes (")
+
+
 def test_keep_ratio_says_how_many_patches_are_kept(checkpoint, capsys):
     assert run("tokenize", PICTURE, "--keep-ratio", "0.5", "--model", checkpoint) == 0
     assert capsys.readouterr().out.startswith(f"{NUM_PATCHES // 2} of {NUM_PATCHES} patches kept (50%)")
@@ -192,6 +218,8 @@ GENERATE = ("generate", "a red apple", "-o", "new.png")
         (("generate", "a red apple", "-o", "new.txt"), "new.txt has no ending of a picture format"),
         (("tokenize", PICTURE, "--show", "nowhere/kept.png"), "there is no folder nowhere"),
         (("tokenize", PICTURE, "--keep-ratio", "2"), "keep_ratio must be in (0, 1], got 2.0"),
+        (("tokenize", PICTURE, PICTURE, "--show", "kept.png"), "--show takes one picture, got 2"),
+        (("tokenize", PICTURE, "--compare-kept-only"), "attention_epsilon is 0"),
         (("paint",), "invalid choice: 'paint'"),
         ((), "required: COMMAND"),
     ],

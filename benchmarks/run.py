@@ -1,0 +1,169 @@
+"""Every row two ways in one run, and their ratio.
+
+    python -m benchmarks.run [--only ROW ...] [--repeats 5] [--output FOLDER]
+
+Prints a table; with `--output` writes it as `benchmark.md`, with the machine's description, and its plot as
+`benchmark.png`. `--list` names the rows. All models but the embedded checkpoint have random weights.
+"""
+
+import argparse
+import gc
+import os
+import platform
+from datetime import date
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from benchmarks.measure import Comparison, Curve
+from benchmarks.memory import peak_memory
+from benchmarks.rows import CURVES, ROWS, Options
+
+
+MEMORY = "memory"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    names = [*ROWS, *CURVES, MEMORY]
+    if options.list:
+        print(*names, sep="\n")
+        return
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    sizes = Options(**{name: getattr(options, name) for name in Options.__dataclass_fields__})
+    chosen = options.only or names
+    comparisons: dict[str, Comparison] = {}
+    curves: dict[str, Curve] = {}
+    with torch.no_grad():
+        for name in chosen:
+            if name == MEMORY:
+                continue
+            table, builders = (comparisons, ROWS) if name in ROWS else (curves, CURVES)
+            table[name] = builders[name](sizes)
+            table[name].measure(options.repeats)
+            print(name, describe(table[name]), flush=True)
+            release(table[name])
+    peaks = peak_memory(options.checkpoint) if MEMORY in chosen else {}
+
+    report = "\n\n".join(
+        part
+        for part in (
+            machine(options),
+            comparison_table(comparisons) if comparisons else None,
+            curve_table(curves) if curves else None,
+            memory_table(peaks) if peaks else None,
+        )
+        if part
+    )
+    print(report)
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "benchmark.md").write_text(f"# Benchmark\n\n{report}\n")
+        if comparisons:
+            plot(comparisons, options.output / "benchmark.png")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, *CURVES, MEMORY], metavar="ROW")
+    parser.add_argument("--list", action="store_true", help="name the rows and stop")
+    parser.add_argument("--repeats", type=int, default=5, help="the medians are of so many (default: 5)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    defaults = Options()
+    for name in Options.__dataclass_fields__:
+        default = getattr(defaults, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    return parser.parse_args(arguments)
+
+
+def describe(measured: Comparison | Curve) -> str:
+    if isinstance(measured, Curve):
+        return ", ".join(f"{size} {measured.size_name}: {seconds:.3g} s" for size, seconds in measured.seconds.items())
+    least, most = measured.spread
+    return f"{measured.ratio:.2f} ({least:.2f} to {most:.2f})"
+
+
+def release(measured: Comparison | Curve) -> None:
+    """Frees the models that a measured row holds."""
+    if isinstance(measured, Curve):
+        measured.points = {}
+    else:
+        measured.ours.run = measured.other.run = None
+    gc.collect()
+
+
+def machine(options: argparse.Namespace) -> str:
+    """What the numbers were taken on."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        names = [line for line in information.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":")[1].strip() if names else processor
+    versions = ", ".join(f"{library.__name__} {library.__version__}" for library in (torch, transformers, diffusers))
+    sizes = f"encoder {options.encoder_layers} layers, merger {options.merger_layers}"
+    return (
+        f"{date.today()}: {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python "
+        f"{platform.python_version()}, {versions}. Load of the machine at the end: {os.getloadavg()[0]:.1f}. Medians "
+        f"of {options.repeats} interleaved repeats; {sizes}, language model {options.language_layers}; "
+        f"{options.new_tokens} tokens a drawing."
+    )
+
+
+def comparison_table(comparisons: dict[str, Comparison]) -> str:
+    lines = [
+        "| row | what | first way | second way | first, s | second, s | ratio (least, most) | bar |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in comparisons.items():
+        least, most = one.spread
+        cells = [name, ROWS[name].__doc__]
+        cells += [f"{way.name}, {way.remark}" if way.remark else way.name for way in (one.ours, one.other)]
+        cells += [f"{way.median:.3g}" for way in (one.ours, one.other)]
+        cells += [f"**{one.ratio:.2f}** ({least:.2f}, {most:.2f})", "" if one.bar is None else f"{one.bar}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(
+        "\nThe ratio is of speeds, first to second; of the rates of arithmetic where the two do different work."
+    )
+    return "\n".join(lines)
+
+
+def curve_table(curves: dict[str, Curve]) -> str:
+    lines = ["| row | what | seconds at each size |", "|---|---|---|"]
+    lines += [f"| {name} | {CURVES[name].__doc__} | {describe(one)} |" for name, one in curves.items()]
+    return "\n".join(lines)
+
+
+def memory_table(peaks: dict[str, list[float]]) -> str:
+    lines = ["| peak memory, MB | bfloat16 | float32 |", "|---|---|---|"]
+    lines += [f"| {stage} | {' | '.join(f'{peak:.0f}' for peak in values)} |" for stage, values in peaks.items()]
+    return "\n".join(lines)
+
+
+def plot(comparisons: dict[str, Comparison], path: Path) -> None:
+    """One bar a row: the ratio, its spread, and the bar that was set."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = list(comparisons)[::-1]
+    rows = [comparisons[name] for name in names]
+    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(names) + 1.2), layout="constrained")
+    ratios = [one.ratio for one in rows]
+    below = [max(0.0, one.ratio - one.spread[0]) for one in rows]
+    above = [max(0.0, one.spread[1] - one.ratio) for one in rows]
+    axes.barh(names, ratios, xerr=[below, above], color="#4c78a8", ecolor="#333333", capsize=3)
+    for height, one in enumerate(rows):
+        if one.bar is not None:
+            axes.plot([one.bar, one.bar], [height - 0.4, height + 0.4], color="#e45756")
+    axes.axvline(1, color="#999999", linewidth=0.8)
+    axes.set_xlabel("speed of the first way / of the second; red: the ratio asked for")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The merger's ways to the same result: every row, the needed rows, kept rows only; and half precision."""
+
+import pytest
+import torch
+import torch.nn as nn
+from tiny import NUM_PATCHES, tiny_images, tiny_model, tiny_visual_config
+
+from benchmarks import reference_like
+from modeling_lavit import LavitForConditionalGeneration
+
+
+# pictures that keep 5 patches, one, all, and 9
+KEPT = [(0, 3, 4, 9, 15), (7,), tuple(range(NUM_PATCHES)), (1, 2, 5, 6, 8, 10, 11, 12, 14)]
+
+
+def keep_mask() -> torch.Tensor:
+    mask = torch.zeros(len(KEPT), NUM_PATCHES, dtype=torch.bool)
+    for row, kept in zip(mask, KEPT, strict=True):
+        row[list(kept)] = True
+    return mask
+
+
+def visual_tokenizer(**values):
+    return tiny_model(visual_config=tiny_visual_config(**values)).model.visual_tokenizer
+
+
+@pytest.mark.parametrize("epsilon", [0, 1e-6, 0.1])
+@torch.no_grad()
+def test_the_merger_gives_what_computing_every_row_gives(epsilon):
+    tokenizer = visual_tokenizer(attention_epsilon=epsilon)
+    features = tokenizer.encode_patches(tiny_images(len(KEPT)))
+    merged = tokenizer.merger(features, keep_mask())
+    torch.testing.assert_close(merged, reference_like.merge(tokenizer.merger, features, keep_mask()))
+
+
+@torch.no_grad()
+def test_kept_rows_only_differ_by_no_more_than_the_leak():
+    tokenizer = visual_tokenizer(attention_epsilon=1e-6)
+    features = tokenizer.encode_patches(tiny_images(len(KEPT))) / 10
+    exact = tokenizer.merger(features, keep_mask())
+    tokenizer.config.kept_only = True
+    fast = tokenizer.merger(features, keep_mask())
+    assert not torch.equal(fast, exact)
+    torch.testing.assert_close(fast, exact, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_kept_rows_only_with_a_leak_give_a_picture_the_same_in_every_batch():
+    tokenizer = visual_tokenizer(attention_epsilon=0.1, kept_only=True)
+    features = tokenizer.encode_patches(tiny_images(len(KEPT)))
+    together = tokenizer.merger(features, keep_mask()).split([len(kept) for kept in KEPT])
+    for index, merged in enumerate(together):
+        alone = tokenizer.merger(features[index, None], keep_mask()[index, None])
+        torch.testing.assert_close(merged, alone)
+
+
+@torch.no_grad()
+def test_kept_rows_only_are_exact_for_a_picture_that_keeps_all():
+    tokenizer = visual_tokenizer(attention_epsilon=0.1)
+    features, all_kept = tokenizer.encode_patches(tiny_images(1)), torch.ones(1, NUM_PATCHES, dtype=torch.bool)
+    exact = tokenizer.merger(features, all_kept)
+    tokenizer.config.kept_only = True
+    torch.testing.assert_close(tokenizer.merger(features, all_kept), exact)
+
+
+def test_half_precision_keeps_norms_residual_stream_and_distances_in_float32(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = LavitForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert model.dtype == torch.bfloat16
+    for part in (model.model.visual_tokenizer, model.model.understanding):
+        for name, module in part.named_modules():
+            used = "post_layernorm" not in name
+            if isinstance(module, nn.LayerNorm) and used:
+                assert module.weight.dtype == torch.float32, name
+            if isinstance(module, nn.Linear):
+                assert module.weight.dtype == torch.bfloat16, name
+    tokenizer = model.model.visual_tokenizer
+    assert tokenizer.quantizer.codebook.weight.dtype == torch.float32
+    features = tokenizer.encode_patches(tiny_images(2))
+    assert features.dtype == torch.float32
+    assert tokenizer.merger(features, keep_mask()[:2]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_float32_residuals_bring_deep_half_precision_encoders_nearer(dtype, tmp_path):
+    deep = visual_tokenizer(num_hidden_layers=24)
+    exact = deep.encode_patches(tiny_images(4))
+    deep.save_pretrained(tmp_path)
+    mixed = type(deep).from_pretrained(tmp_path, dtype=dtype).encode_patches(tiny_images(4))
+    plain = deep.to(dtype).encode_patches(tiny_images(4)).float()
+    assert (mixed - exact).norm() < 0.8 * (plain - exact).norm()
+
+
+def test_compiled_layers_are_one_graph_for_every_count_of_kept_patches():
+    tokenizer = visual_tokenizer().eval()
+    pictures = tiny_images(3)
+    ratios = (0.25, 0.5, 0.75, 0.9)
+    expected = [tokenizer.tokenize(pictures, keep_ratio=ratio).codes for ratio in ratios]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    tokenizer.compile(backend="eager")
+    for step, ratio in enumerate(ratios):
+        assert torch.equal(tokenizer.tokenize(pictures, keep_ratio=ratio).codes, expected[step])
+        if step == 1:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
