@@ -11,39 +11,25 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels_in: int, channels_out: int, stride: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(),
-            nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(channels_out),
-        )
-        self.shortcut = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
-        )
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.body(hidden) + self.shortcut(hidden))
+from ..modeling_lavit_visual_tokenizer import LavitResidualBlock
 
 
 class Judge(nn.Module):
     """Pictures (B, 3, S, S) in [0, 1] to name logits (B, L) and style logits (B, T)."""
 
-    def __init__(self, names: list[str], styles: list[str], image_size: int):
+    widths = (3, 32, 64, 128, 192)
+
+    def __init__(self, names: list[str], styles: list[str], image_size: int, strides: list[int] = (2, 2, 2, 2)):
         super().__init__()
-        self.names, self.styles, self.image_size = names, styles, image_size
+        self.names, self.styles, self.image_size, self.strides = names, styles, image_size, list(strides)
         self.body = nn.Sequential(
-            ResidualBlock(3, 32, 2), ResidualBlock(32, 64, 2), ResidualBlock(64, 128, 2), ResidualBlock(128, 192, 2)
+            *(LavitResidualBlock(self.widths[i], self.widths[i + 1], stride) for i, stride in enumerate(strides))
         )
         self.name_head = nn.Linear(192, len(names))
         self.style_head = nn.Linear(192, len(styles))
 
     def feature_maps(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """The outputs of the residual blocks, (B, channels, S / 2^i, S / 2^i)."""
+        """The outputs of the residual blocks, (B, channels, side, side)."""
         maps, hidden = [], pictures * 2 - 1
         for block in self.body:
             hidden = block(hidden)
@@ -83,6 +69,7 @@ class Judge(nn.Module):
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         save_file(tensors, folder / "judge.safetensors")
         labels = {"names": self.names, "styles": self.styles, "image_size": self.image_size}
+        labels["strides"] = self.strides
         (folder / "judge.json").write_text(json.dumps(labels, indent=1) + "\n")
 
     @classmethod

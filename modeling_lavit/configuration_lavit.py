@@ -14,6 +14,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SELECTIONS = ("sample", "argmax")
+STEMS = ("linear", "convolutional")
 # Where the Auto classes find the code in a saved folder. `PreTrainedModel.save_pretrained` would name one of them.
 AUTO_MAP = {
     "AutoConfig": "configuration_lavit.LavitConfig",
@@ -65,6 +66,9 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
         hidden_size, intermediate_size: width of the encoder and the merger, and of their feed-forward layers.
         num_hidden_layers, num_attention_heads: depth and heads of the encoder (EVA ViT-g).
         image_size, patch_size: in pixels; `num_patches` follows.
+        stem: what turns pixels into patch embeddings: `"linear"` (one matrix a patch, as in EVA ViT-g) or
+            `"convolutional"` (residual 3x3 convolutions, arXiv 2106.14881: small encoders of small data sets need
+            them; `patch_size` must be a power of two).
         layer_norm_eps: of the encoder only. Everything behind it uses `merger_layer_norm_eps`.
         merger_num_hidden_layers, merger_num_attention_heads: depth and heads of the merger.
         attention_epsilon: the merger's attention leak (spec: `1e-6` in official checkpoints). `0` makes computing the
@@ -85,6 +89,7 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     image_size: int = 224
     patch_size: int = 14
+    stem: str = "linear"
     layer_norm_eps: float | int = 1e-6
     merger_num_hidden_layers: int = 12
     merger_num_attention_heads: int = 16
@@ -102,6 +107,10 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.stem not in STEMS:
+            raise ValueError(f"stem must be one of {STEMS}, got {self.stem!r}")
+        if self.stem == "convolutional" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"a convolutional stem needs a patch_size that is a power of two, got {self.patch_size}")
         super().__post_init__(**kwargs)
 
     @property

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM, AutoTokenizer
 
+from benchmarks import official_checkpoint
 from modeling_lavit import (
     LavitConfig,
     LavitDetokenizer,
@@ -34,78 +35,6 @@ from modeling_lavit.conversion.text_tokenizer import (
 
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "e2e" / "checkpoint"
-C, F, N = 1408, 6144, 256
-
-
-def linear(name: str, rows: int, columns: int) -> dict[str, tuple]:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
-
-
-def norm(name: str, width: int = C) -> dict[str, tuple]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def official_vision_tower() -> dict[str, tuple]:
-    shapes = {"cls_token": (1, 1, C), "pos_embed": (1, N + 1, C)}
-    shapes |= {"patch_embed.proj.weight": (C, 3, 14, 14), "patch_embed.proj.bias": (C,)}
-    for i in range(40):
-        block = f"blocks.{i}"
-        shapes |= norm(f"{block}.norm1") | norm(f"{block}.norm2") | linear(f"{block}.attn.proj", C, C)
-        shapes |= {f"{block}.attn.q_bias": (C,), f"{block}.attn.v_bias": (C,), f"{block}.attn.qkv.weight": (3 * C, C)}
-        shapes |= linear(f"{block}.mlp.fc1", F, C) | linear(f"{block}.mlp.fc2", C, F)
-    return shapes | norm("norm") | linear("head", 1024, C)
-
-
-def official_block(block: str, self_attention: str, cross_attention: str) -> dict[str, tuple]:
-    shapes = norm(f"{block}.norm0") | norm(f"{block}.norm1") | norm(f"{block}.norm2")
-    shapes |= linear(f"{block}.{self_attention}.qkv", 3 * C, C) | linear(f"{block}.{self_attention}.proj", C, C)
-    for name in ("query", "key", "value", "proj"):
-        shapes |= linear(f"{block}.{cross_attention}.{name}", C, C)
-    return shapes | linear(f"{block}.mlp.fc1", F, C) | linear(f"{block}.mlp.fc2", C, F)
-
-
-def official_tokenizer() -> dict[str, tuple]:
-    shapes = norm("token_predictor.in_conv.0") | linear("token_predictor.in_conv.1", C, C)
-    shapes |= linear("token_predictor.out_conv.0", 704, C) | linear("token_predictor.out_conv.2", 352, 704)
-    shapes |= linear("token_predictor.out_conv.4", 2, 352)
-    for i in range(12):
-        shapes |= official_block(f"causal_encoder.blocks.{i}", "token_causal_attn", "token_cross_attn")
-    shapes |= norm("causal_encoder.ln_vision") | norm("causal_encoder.norm")
-    shapes |= {"quantize.embedding.weight": (16384, 32)}
-    shapes |= linear("encode_task_layer.0", C, C) | linear("encode_task_layer.2", 32, C)
-    return shapes | linear("vit_proj", 4096, C)
-
-
-def official_decoder(variant: str) -> dict[str, tuple]:
-    shapes = {"pos_embed": (1, N, C), "query_embed": (1, N, C)} | linear("in_proj", C, 32)
-    for i in range(12):
-        shapes |= official_block(f"blocks.{i}", "self_attn", "cross_attn")
-    shapes |= norm("norm") | linear("decode_task_layer.0", C, C) | linear("decode_task_layer.2", C, C)
-    if variant == "lowres":
-        return shapes | linear("unet_proj", 768, C)
-    shapes |= linear("unet_proj_1", 768, C) | linear("unet_proj_2", 1280, C)
-    shapes |= {"unet_attnpool.positional_embedding": (N + 1, C)}
-    for name in ("k_proj", "q_proj", "v_proj"):
-        shapes |= linear(f"unet_attnpool.{name}", C, C)
-    return shapes | linear("unet_attnpool.c_proj", 1280, C)
-
-
-def official_language_model() -> dict[str, tuple]:
-    shapes = {
-        "model.embed_tokens.weight": (48386, 4096),
-        "lm_head.weight": (48386, 4096),
-        "model.norm.weight": (4096,),
-    }
-    for i in range(32):
-        layer = f"model.layers.{i}"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{layer}.self_attn.{name}.weight"] = (4096, 4096)
-        shapes |= {f"{layer}.mlp.gate_proj.weight": (11008, 4096), f"{layer}.mlp.up_proj.weight": (11008, 4096)}
-        shapes |= {f"{layer}.mlp.down_proj.weight": (4096, 11008)}
-        shapes |= {f"{layer}.{name}.weight": (4096,) for name in ("input_layernorm", "post_attention_layernorm")}
-        # old checkpoints have it
-        shapes[f"{layer}.self_attn.rotary_emb.inv_freq"] = (64,)
-    return shapes
 
 
 def on_meta(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
@@ -119,10 +48,10 @@ def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 @pytest.mark.parametrize(
     "shapes, tensors, parameters",
     [
-        (official_vision_tower(), 528, 1_012_588_928),
-        (official_tokenizer(), 285, 409_819_394),
-        (official_decoder("lowres"), 276, 404_081_792),
-        (official_decoder("highres"), 287, 414_002_304),
+        (official_checkpoint.vision_tower(), 528, 1_012_588_928),
+        (official_checkpoint.visual_tokenizer(), 285, 409_819_394),
+        (official_checkpoint.decoder("lowres"), 276, 404_081_792),
+        (official_checkpoint.decoder("highres"), 287, 414_002_304),
     ],
 )
 def test_official_tables_have_the_published_number_of_tensors_and_parameters(shapes, tensors, parameters):
@@ -133,11 +62,11 @@ def test_official_tables_have_the_published_number_of_tensors_and_parameters(sha
 def test_full_size_weights_are_exactly_those_of_the_model():
     with torch.device("meta"):
         model = LavitForConditionalGeneration(LavitConfig())
-    tokenizer = on_meta(official_tokenizer())
-    tower = {f"encoder.{name}": tensor for name, tensor in on_meta(official_vision_tower()).items()}
+    tokenizer = on_meta(official_checkpoint.visual_tokenizer())
+    tower = {f"encoder.{name}": tensor for name, tensor in on_meta(official_checkpoint.vision_tower()).items()}
     tower, left_out = keys.drop_known_extras(tower)
     assert left_out.keys() == {"encoder.head.weight", "encoder.head.bias"}
-    language_model, left_out = keys.drop_known_extras(on_meta(official_language_model()))
+    language_model, left_out = keys.drop_known_extras(on_meta(official_checkpoint.language_model()))
     assert len(left_out) == 32
     assert all(keys.is_visual(name) for name in tokenizer | tower)
     named = set(map(keys.official_name, model.state_dict()))
@@ -159,7 +88,7 @@ def test_full_size_decoder_weights_are_exactly_those_of_the_detokenizer(variant)
     dims = {"highres": [768, 1280], "lowres": [768]}[variant]
     with torch.device("meta"):
         detokenizer = LavitDetokenizer(LavitDetokenizerConfig(variant=variant, prompt_embed_dims=dims))
-    converted = shapes_of(keys.rename_detokenizer(on_meta(official_decoder(variant))))
+    converted = shapes_of(keys.rename_detokenizer(on_meta(official_checkpoint.decoder(variant))))
     converted["codebook.weight"] = (16384, 32)
     if variant == "lowres":
         converted["unconditional_embedding"] = (77, 768)

@@ -1,5 +1,9 @@
 """Every stage trains through its real entry point, from recipe to result, and a cut run goes on where it was."""
 
+import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ from safetensors.torch import load_file
 from modeling_lavit import LavitForConditionalGeneration, LavitPipeline, LavitVisualTokenizer
 from modeling_lavit.training.assemble import assemble
 from modeling_lavit.training.codebook import EMACodebook, kmeans
-from modeling_lavit.training.data import augment, patchify
+from modeling_lavit.training.data import SampleNoise, augment, patchify
 from modeling_lavit.training.run import load_recipe, main
 
 
@@ -103,6 +107,42 @@ def test_a_cut_run_ends_as_an_uncut_one(stages, tmp_path):
         assert torch.equal(tensor, expected[key]), key
 
 
+@pytest.mark.parametrize("stage", ["tokenizer", "language-model", "pixel-decoder"])
+def test_two_ranks_train_as_one_with_the_same_global_batch(stages, stage, tmp_path):
+    name = stage.replace("-", "_")
+    arguments = {
+        "tokenizer": [f"encoder={stages['encoder']}", "model.codebook_size=32", "detokenizer.codebook_size=32"],
+        "language-model": [f"tokenizer={stages['tokenizer']}", "text_model.num_hidden_layers=1"],
+        "pixel-decoder": [f"tokenizer={stages['tokenizer']}", f"start={stages['features']}"],
+    }[stage]
+    arguments += [DATA, *FEW_STEPS, "training_arguments.max_steps=4", "training_arguments.bf16=false"]
+    arguments = [stage, str(RECIPES / f"{name}.yaml"), *arguments, "training_arguments.save_steps=10"]
+    main([*arguments, f"training_arguments.output_dir={tmp_path / 'one'}"])
+    arguments += [f"training_arguments.output_dir={tmp_path / 'two'}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    command += [str(free_port()), "-m", "modeling_lavit.training.run", *arguments]
+    done = subprocess.run(
+        [*command, "training_arguments.per_device_train_batch_size=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr[-3000:]
+    records = [read_log(tmp_path / run) for run in ("one", "two")]
+    assert len(records[0]) == 4
+    for one, two in zip(*records, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=5e-3)
+
+
+def read_log(run: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if "loss" in record]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 class _Cut(Exception):
     pass
 
@@ -157,11 +197,20 @@ def test_the_codebook_follows_its_vectors_and_revives_dead_codes():
 
 
 def test_augmentation_leaves_white_white_and_can_be_switched_off():
-    white = torch.ones(4, 3, 16, 16)
-    assert torch.allclose(augment(white), white, atol=1e-5)
+    white, noise = torch.ones(4, 3, 16, 16), SampleNoise(torch.arange(4), step=0)
+    assert torch.allclose(augment(white, noise), white, atol=1e-5)
     pictures = torch.rand(4, 3, 16, 16)
-    assert torch.allclose(augment(pictures, share=0.0), pictures, atol=1e-4)
-    assert not torch.allclose(augment(pictures, share=1.0), pictures, atol=1e-2)
+    assert torch.allclose(augment(pictures, noise, share=0.0), pictures, atol=1e-4)
+    assert not torch.allclose(augment(pictures, noise, share=1.0), pictures, atol=1e-2)
+
+
+def test_noise_belongs_to_the_sample_whatever_the_batch():
+    whole = SampleNoise(torch.tensor([3, 8, 5]), step=2, seed=1)
+    alone = SampleNoise(torch.tensor([8]), step=2, seed=1)
+    assert torch.equal(whole.of(torch.tensor([False, True, False])).uniform(4, 2), alone.uniform(4, 2))
+    assert torch.equal(whole.uniform(4, 2)[1], alone.of(torch.tensor([True])).uniform(4, 2)[0])
+    for other in (SampleNoise(torch.tensor([8]), step=3, seed=1), SampleNoise(torch.tensor([8]), step=2, seed=2)):
+        assert not torch.equal(other.uniform(4), alone.of(torch.tensor([True])).uniform(4))
 
 
 def test_patches_come_in_row_major_order():

@@ -1,27 +1,23 @@
 """The codebook's own learning: k-means start, exponential moving averages, revival of dead codes (authors, issues
-10 and 29)."""
+10 and 29). Every rank sees the vectors of all ranks, in the order of the global batch, and does the same."""
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks; the tensor itself on one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+from .distributed import gather
 
 
-def kmeans(vectors: torch.Tensor, num_codes: int, iterations: int = 10) -> torch.Tensor:
+def kmeans(
+    vectors: torch.Tensor, num_codes: int, iterations: int = 10, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Spherical k-means of unit vectors (M, D), M ≥ num_codes, to centres (num_codes, D)."""
-    centres = vectors[torch.randperm(len(vectors))[:num_codes]]
+    centres = vectors[torch.randperm(len(vectors), generator=generator)[:num_codes]]
     for _ in range(iterations):
         assigned = (vectors @ centres.T).argmax(1)
         sums = torch.zeros_like(centres).index_add_(0, assigned, vectors)
         empty = torch.bincount(assigned, minlength=num_codes) == 0
-        sums[empty] = vectors[torch.randint(len(vectors), (int(empty.sum()),))]
+        sums[empty] = vectors[torch.randint(len(vectors), (int(empty.sum()),), generator=generator)]
         centres = F.normalize(sums, dim=-1)
     return centres
 
@@ -39,13 +35,24 @@ class EMACodebook(nn.Module):
         super().__init__()
         self.decay, self.revive_below = decay, revive_below
         self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("updates", torch.tensor(0))
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("sums", torch.zeros(num_codes, dim))
 
     @torch.no_grad()
     def start(self, vectors: torch.Tensor, codebook: torch.Tensor) -> None:
-        """Puts the codebook on the k-means centres of `vectors` (M, D)."""
-        codebook.copy_(kmeans(vectors, len(codebook)))
+        """Puts the codebook on the k-means centres of `vectors` (M, D), those of all ranks.
+
+        Raises:
+            ValueError: there are fewer vectors than codes.
+        """
+        vectors = gather(vectors)
+        if len(vectors) < len(codebook):
+            raise ValueError(
+                f"the codebook has {len(codebook)} codes, but the batches before quantization gave only "
+                f"{len(vectors)} vectors to start it from: raise quantize_from or the batch, or lower codebook_size"
+            )
+        codebook.copy_(kmeans(vectors, len(codebook), generator=torch.Generator().manual_seed(0)))
         assigned = (vectors @ codebook.T).argmax(1)
         self.counts.copy_(torch.bincount(assigned, minlength=len(codebook)).float().clamp_min(1))
         self.counts.mul_(1 / self.counts.mean())
@@ -54,14 +61,17 @@ class EMACodebook(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> None:
-        """Moves the codebook after a batch: vectors (M, D) and the codes (M,) they chose."""
-        scale = len(codebook) / all_reduce(torch.tensor(float(len(vectors))))
-        counts = all_reduce(torch.bincount(codes, minlength=len(codebook)).float()) * scale
-        sums = all_reduce(torch.zeros_like(self.sums).index_add_(0, codes, vectors)) * scale
+        """Moves the codebook after a batch: vectors (M, D) and the codes (M,) they chose, on each rank its own."""
+        vectors, codes = gather(vectors), gather(codes)
+        self.updates += 1
+        scale = len(codebook) / len(vectors)
+        counts = torch.bincount(codes, minlength=len(codebook)).float() * scale
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, vectors) * scale
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         dead = self.counts < self.revive_below
-        self.sums[dead] = vectors[torch.randint(len(vectors), (int(dead.sum()),))]
+        generator = torch.Generator().manual_seed(int(self.updates))
+        self.sums[dead] = vectors[torch.randint(len(vectors), (int(dead.sum()),), generator=generator)]
         self.counts[dead] = 1.0
         codebook.copy_(F.normalize(self.sums, dim=-1))
 

@@ -1,5 +1,7 @@
 """Pictures with a name and a style: loading, held in memory at the model's size, and batch augmentation."""
 
+import random
+
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
@@ -17,7 +19,7 @@ class PictureDataset(torch.utils.data.Dataset):
         splits: values of the `split` column to keep.
         repeat: how often the pictures of a category come in an epoch (the `category` column); once if not named.
 
-    Items are `{"index": (), "pictures": (3, S, S) uint8, "name": (), "style": ()}`, `name` and `style` being
+    Items are `{"position": (), "pictures": (3, S, S) uint8, "name": (), "style": ()}`, `name` and `style` being
     indices into `names` and `styles`, which list those of the whole folder whatever the split.
     """
 
@@ -59,15 +61,46 @@ class PictureDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         index = self.order[position]
         return {
-            "index": torch.tensor(index),
+            "position": torch.tensor(position),
             "pictures": self.pictures[index],
             "name": self.name[index],
             "style": self.style[index],
         }
 
 
+class SampleNoise:
+    """Random numbers of a batch that depend on seed, step and sample alone: they are the same on one rank or many, in
+    an uncut run and in a resumed one.
+
+    Args:
+        positions: (B,) of the samples in the data set's order.
+        step: of the optimizer.
+        seed: of the run.
+    """
+
+    def __init__(self, positions: torch.Tensor, step: int, seed: int = 0):
+        self.positions, self.step, self.seed = positions, step, seed
+        self.generators = [
+            torch.Generator().manual_seed(random.Random(f"{seed} {step} {position}").getrandbits(62))
+            for position in positions.tolist()
+        ]
+
+    def of(self, samples: torch.Tensor) -> "SampleNoise":
+        """The noise of some samples, a mask (B,), from its start."""
+        return SampleNoise(self.positions[samples], self.step, self.seed)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """(B, *shape) in [0, 1)."""
+        return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """(B, *shape), standard normal."""
+        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+
+
 def augment(
     pictures: torch.Tensor,
+    noise: SampleNoise,
     share: float = 0.9,
     scale: float = 0.15,
     shift: float = 0.1,
@@ -79,6 +112,7 @@ def augment(
 
     Args:
         pictures: (B, 3, S, S) in [0, 1].
+        noise: of the batch, which decides everything.
         share: probability that a picture is changed at all.
         scale, shift, rotation, tint: largest relative zoom, shift (share of the side), rotation (radians), gain.
         flip: probability of a mirror image.
@@ -87,24 +121,22 @@ def augment(
         (B, 3, S, S) in [0, 1].
     """
     batch = len(pictures)
-
-    def uniform(*shape):
-        return torch.rand(*shape, device=pictures.device) * 2 - 1
-
-    active = (torch.rand(batch, device=pictures.device) < share).float()
-    zoom = 1 + scale * uniform(batch, 2) * active[:, None]
-    mirror = 1 - 2 * ((torch.rand(batch, device=pictures.device) < flip).float() * active)
-    angle = rotation * uniform(batch) * active
+    uniform = noise.uniform(10).to(pictures.device)
+    centred = uniform * 2 - 1
+    active = (uniform[:, 0] < share).float()
+    zoom = 1 + scale * centred[:, 1:3] * active[:, None]
+    mirror = 1 - 2 * ((uniform[:, 3] < flip).float() * active)
+    angle = rotation * centred[:, 4] * active
     theta = torch.zeros(batch, 2, 3, device=pictures.device)
     theta[:, 0, 0] = angle.cos() * zoom[:, 0] * mirror
     theta[:, 0, 1] = -angle.sin() * zoom[:, 1]
     theta[:, 1, 0] = angle.sin() * zoom[:, 0] * mirror
     theta[:, 1, 1] = angle.cos() * zoom[:, 1]
-    theta[:, :, 2] = 2 * shift * uniform(batch, 2) * active[:, None]
+    theta[:, :, 2] = 2 * shift * centred[:, 5:7] * active[:, None]
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
     moved = 1 - F.grid_sample(1 - pictures, grid, align_corners=False)
     ink = 1 - moved
-    gain = 1 + tint * uniform(batch, 3, 1, 1) * active[:, None, None, None]
+    gain = 1 + tint * centred[:, 7:, None, None] * active[:, None, None, None]
     return (1 - ink * gain).clamp(0, 1)
 
 

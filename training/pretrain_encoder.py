@@ -2,8 +2,9 @@
 checkpoint).
 
 Losses: contrast of the pooled features with all names of the data set (a text tower that averages word embeddings), a
-style classification, a linear reconstruction of every patch's pixels from its own feature, so that features keep both
-what a picture shows and how it looks; and imitation of a guide, a convolutional classifier of the same training
+style classification, a linear reconstruction of every patch's pixels and of its place from its own feature, so that
+features keep what a picture shows, how it looks, and where (codes that have lost their place cannot be drawn: the
+decoder knows their order alone); and imitation of a guide, a convolutional classifier of the same training
 pictures, in its names and its feature maps: a small vision transformer alone hardly generalises over styles.
 """
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_model
 from ..configuration_lavit import LavitVisualTokenizerConfig
 from ..evaluation.judge import Judge
 from ..modeling_lavit_visual_tokenizer import build_encoder
-from .data import PictureDataset, augment, load_pictures, normalize_pictures, patchify
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify
 
 
 class NameEncoder(nn.Module):
@@ -42,9 +43,17 @@ class NameEncoder(nn.Module):
         return F.normalize(hidden + self.mlp(hidden), dim=-1)
 
 
+def patch_places(config: LavitVisualTokenizerConfig) -> torch.Tensor:
+    """Where each patch is, (N, 6): row and column from -1 to 1, and the sine and cosine of each with a period of a
+    third of the side, by which near ones are told apart."""
+    axis = torch.linspace(-1, 1, config.image_size // config.patch_size)
+    places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+    return torch.cat([places, (3 * torch.pi * places).sin(), (3 * torch.pi * places).cos()], dim=-1)
+
+
 class PictureHeads(nn.Module):
-    """What is read off patch features (B, N, C): name logits (B, L), style logits (B, S), patch pixels (B, N,
-    3·p²)."""
+    """What is read off patch features (B, N, C): name logits (B, L), style logits (B, S), patch pixels (B, N, 3·p²),
+    places (B, N, 6, see [`patch_places`])."""
 
     def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int):
         super().__init__()
@@ -56,13 +65,14 @@ class PictureHeads(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(10.0).log())
         self.style = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, num_styles))
         self.pixels = nn.Linear(width, 3 * config.patch_size**2)
+        self.places = nn.Linear(width, 6)
 
-    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden = self.norm(features)
         pooled = (self.pool(hidden).softmax(1) * hidden).sum(1)
         projected = F.normalize(self.name_projection(pooled), dim=-1)
         name_logits = self.logit_scale.exp().clamp(max=50) * projected @ self.names().T
-        return name_logits, self.style(pooled), self.pixels(hidden)
+        return name_logits, self.style(pooled), self.pixels(hidden), self.places(hidden)
 
 
 class EncoderPretraining(nn.Module):
@@ -81,6 +91,7 @@ class EncoderPretraining(nn.Module):
         if self.guide.names != names:
             raise ValueError(f"the guide {guide} knows other names than the data set")
         self.guide_maps = nn.Linear(config.hidden_size, sum(self.guide_channels))
+        self.register_buffer("patch_places", patch_places(config), persistent=False)
 
     @torch.no_grad()
     def guidance(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,20 +110,20 @@ class EncoderPretraining(nn.Module):
         embeddings = torch.cat([embeddings[:, :1], embeddings.gather(1, patches)], dim=1)
         return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
 
-    def visible_patches(self, batch: int, progress: float) -> torch.Tensor:
+    def visible_patches(self, batch: int, noise: SampleNoise | None, progress: float) -> torch.Tensor:
         """The patches (B, M) that are seen: a random share, which regularises, until `dropout_until`."""
-        order = torch.rand(batch, self.config.num_patches).argsort(1)
         if not self.training or progress >= self.recipe["dropout_until"]:
-            return order.sort(1).values
+            return torch.arange(self.config.num_patches).expand(batch, -1)
+        order = noise.uniform(self.config.num_patches).argsort(1)
         return order[:, : round((1 - self.recipe["patch_dropout"]) * self.config.num_patches)]
 
-    def forward(self, pictures, name, style, index, progress: float = 1.0):
+    def forward(self, pictures, name, style, noise: SampleNoise | None = None, progress: float = 1.0):
         pictures = pictures.float() / 255
         if self.training:
-            pictures = augment(pictures, **self.augmentation)
-        patches = self.visible_patches(len(pictures), progress)
+            pictures = augment(pictures, noise, **self.augmentation)
+        patches = self.visible_patches(len(pictures), noise, progress)
         features = self.features(pictures, patches)
-        name_logits, style_logits, pixels = self.heads(features)
+        name_logits, style_logits, pixels, places = self.heads(features)
         guide_logits, guide_maps = self.guidance(pictures)
         guide_maps = guide_maps.gather(1, patches[..., None].expand(-1, -1, guide_maps.shape[-1]))
         target = patchify(pictures * 2 - 1, self.config.patch_size)
@@ -121,6 +132,7 @@ class EncoderPretraining(nn.Module):
             "name_loss": F.cross_entropy(name_logits.float(), name, label_smoothing=0.1),
             "style_loss": F.cross_entropy(style_logits.float(), style, label_smoothing=0.1),
             "pixel_loss": F.mse_loss(pixels.float(), target),
+            "place_loss": F.mse_loss(places.float(), self.patch_places[patches]),
         }
         agreement = F.kl_div(
             (name_logits.float() / 2).log_softmax(-1), (guide_logits / 2).softmax(-1), reduction="batchmean"
@@ -143,6 +155,9 @@ def build(recipe: dict):
     config = LavitVisualTokenizerConfig(**recipe["model"], attn_implementation="eager")
     dataset = load_pictures(recipe["data"], config.image_size)
     model = EncoderPretraining(config, dataset.names, len(dataset.styles), recipe)
+    if config.stem == "convolutional":  # the guide's first blocks, which generalise already
+        blocks = model.encoder.embeddings.patch_embedding.blocks
+        blocks.load_state_dict(model.guide.body[: len(blocks)].state_dict())
     if recipe["start"]:
         known = model.state_dict()
         start = {key: value for key, value in load_file(recipe["start"]).items() if value.shape == known[key].shape}
@@ -163,7 +178,7 @@ def finish(model: EncoderPretraining, dataset: PictureDataset, recipe: dict, out
         for start in range(0, len(pictures.name), 64):
             rows = slice(start, start + 64)
             batch = {"pictures": pictures.pictures[rows], "name": pictures.name[rows], "style": pictures.style[rows]}
-            metrics = model(**batch, index=None)["metrics"]
+            metrics = model(**batch)["metrics"]
             weight = len(batch["name"]) / len(pictures.name)
             totals += weight * torch.stack([metrics["name_top1"], metrics["style_top1"], metrics["pixel_loss"]])
         psnr = -10 * (totals[2] / 4).log10()

@@ -17,6 +17,9 @@ import yaml
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .data import SampleNoise
+from .distributed import gather_metrics
+
 
 STAGES = {
     "encoder": "pretrain_encoder",
@@ -28,22 +31,24 @@ STAGES = {
 
 
 class StageTrainer(Trainer):
-    """A `Trainer` for models whose forward returns `{"loss": (), "metrics": {name: ()}}`; metrics are averaged into
-    the log."""
+    """A `Trainer` for models whose forward takes a batch, its [`SampleNoise`] and the `progress` of the run from 0 to
+    1, and returns `{"loss": (), "metrics": {name: ()}}`; metrics are averaged into the log."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.running_metrics = defaultdict(list)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, progress=self.state.global_step / max(1, self.state.max_steps))
+        inputs = dict(inputs)
+        noise = SampleNoise(inputs.pop("position"), self.state.global_step, self.args.seed)
+        outputs = model(**inputs, noise=noise, progress=self.state.global_step / max(1, self.state.max_steps))
         for name, value in outputs["metrics"].items():
             self.running_metrics[name].append(float(value))
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= {name: round(sum(v) / len(v), 4) for name, v in self.running_metrics.items()}
+            logs |= {name: round(sum(v) / len(v), 4) for name, v in gather_metrics(self.running_metrics).items()}
             self.running_metrics.clear()
         super().log(logs, start_time)
 
@@ -98,7 +103,10 @@ def run(stage: str, recipe: dict) -> None:
         callbacks=[JsonLinesCallback(), *callbacks],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
-    if trainer.is_world_process_zero():
+    is_first = trainer.is_world_process_zero()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # the first rank goes on alone
+    if is_first:
         module.finish(trainer.accelerator.unwrap_model(model), dataset, recipe, Path(arguments.output_dir) / "final")
 
 

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..evaluation.judge import Judge
-from .data import PictureDataset, augment, load_pictures
+from .data import PictureDataset, SampleNoise, augment, load_pictures
 
 
 class JudgeTraining(nn.Module):
@@ -19,15 +18,16 @@ class JudgeTraining(nn.Module):
         self.judge = judge
         self.augmentation = augmentation
 
-    def forward(self, pictures, name, style, index, progress: float):
-        pictures = augment(pictures.float() / 255, **self.augmentation)
-        batch, _, side, _ = pictures.shape
+    def forward(self, pictures, name, style, noise: SampleNoise, progress: float):
+        pictures = augment(pictures.float() / 255, noise, **self.augmentation)
+        side = pictures.shape[-1]
         small = F.interpolate(pictures, scale_factor=0.5, mode="bilinear", antialias=True)
         blurred = F.interpolate(small, size=side, mode="bilinear")
-        share = torch.rand(batch, 1, 1, 1) * (torch.rand(batch, 1, 1, 1) < 0.5)
+        uniform = noise.uniform(4, 1, 1, 1)
+        share = uniform[:, 0] * (uniform[:, 1] < 0.5)
         pictures = pictures + share * (blurred - pictures)
-        noise = 0.1 * torch.rand(batch, 1, 1, 1) * (torch.rand(batch, 1, 1, 1) < 0.5)
-        name_logits, style_logits = self.judge(pictures + noise * torch.randn_like(pictures))
+        amount = 0.1 * uniform[:, 2] * (uniform[:, 3] < 0.5)
+        name_logits, style_logits = self.judge(pictures + amount * noise.normal(*pictures.shape[1:]))
         loss = F.cross_entropy(name_logits, name, label_smoothing=0.1) + 0.5 * F.cross_entropy(
             style_logits, style, label_smoothing=0.1
         )
@@ -39,14 +39,16 @@ class JudgeTraining(nn.Module):
 
 
 def build(recipe: dict):
-    size = recipe["model"]["image_size"]
-    dataset = load_pictures(recipe["data"], size)
-    return JudgeTraining(Judge(dataset.names, dataset.styles, size), recipe["augmentation"]), dataset, []
+    dataset = load_pictures(recipe["data"], recipe["model"]["image_size"])
+    judge = Judge(dataset.names, dataset.styles, **recipe["model"])
+    return JudgeTraining(judge, recipe["augmentation"]), dataset, []
 
 
 def finish(model: JudgeTraining, dataset: PictureDataset, recipe: dict, output: Path) -> None:
-    """Writes the judge and prints what it says of the real pictures."""
+    """Writes the judge and prints what it says of the real pictures of both splits."""
     model.judge.save(output)
-    names = [dataset.names[i] for i in dataset.name]
-    styles = [dataset.styles[i] for i in dataset.style]
-    print(model.judge.score(dataset.pictures.float() / 255, names, styles))
+    for split in ("train", "held_out"):
+        pictures = PictureDataset(recipe["data"]["folder"], model.judge.image_size, (split,))
+        names = [dataset.names[i] for i in pictures.name]
+        styles = [dataset.styles[i] for i in pictures.style]
+        print(split, model.judge.score(pictures.pictures.float() / 255, names, styles))

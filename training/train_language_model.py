@@ -19,14 +19,16 @@ from ..configuration_lavit import LavitConfig
 from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitImageProcessor, LavitProcessor
-from .data import PictureDataset, augment, load_pictures, normalize_pictures
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures
+from .distributed import ragged_mean
 from .text import drawing_prompt, question_prompt, restyling_prompt, sentences, train_text_tokenizer
 
 
 class PictureSamples(torch.utils.data.Dataset):
-    """Draws a task for each picture anew whenever it is asked for.
+    """Draws a task for each picture anew in every epoch, the same one for the same seed, epoch and position.
 
-    Items are `{"ids": list, "labels": list, "pictures": (3, S, S) uint8 or None}`; a picture that is read is a slot.
+    Items are `{"position": int, "ids": list, "labels": list, "pictures": (3, S, S) uint8 or None}`; a picture that is
+    read is a slot.
 
     Args:
         pictures: of one split.
@@ -34,20 +36,32 @@ class PictureSamples(torch.utils.data.Dataset):
         processor: of the model.
         mixture: probabilities of `caption`, `style_question`, `name_question`, `draw`, `restyle`.
         prompt_dropout: share of drawing prompts that are dropped.
+        seed: of the run.
     """
 
     def __init__(
-        self, pictures: PictureDataset, codes, processor: LavitProcessor, mixture: dict, prompt_dropout: float
+        self,
+        pictures: PictureDataset,
+        codes,
+        processor: LavitProcessor,
+        mixture: dict,
+        prompt_dropout: float,
+        seed: int = 0,
     ):
         self.pictures, self.codes, self.processor = pictures, codes, processor
         self.tasks, self.probabilities = list(mixture), list(mixture.values())
         self.prompt_dropout = prompt_dropout
+        self.seed, self.epoch = seed, 0
         self.same_name = defaultdict(list)
         for index, name in enumerate(pictures.name.tolist()):
             self.same_name[name].append(index)
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer's data loader before each epoch."""
+        self.epoch = epoch
 
     def text_ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -60,22 +74,23 @@ class PictureSamples(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> dict:
         index = self.pictures.order[position]
-        task = random.choices(self.tasks, self.probabilities)[0]
+        draw = random.Random(f"{self.seed} {self.epoch} {position}")
+        task = draw.choices(self.tasks, self.probabilities)[0]
         name = self.pictures.names[self.pictures.name[index]]
         style = self.pictures.styles[self.pictures.style[index]]
         boi, eos = self.processor.boi_token_id, self.processor.tokenizer.eos_token_id
         if task in ("draw", "restyle"):
             sources = [i for i in self.same_name[int(self.pictures.name[index])] if i != index]
             if task == "restyle" and sources:
-                prompt = [boi, *self.image_ids(random.choice(sources)), *self.text_ids(restyling_prompt(style))]
+                prompt = [boi, *self.image_ids(draw.choice(sources)), *self.text_ids(restyling_prompt(style))]
             else:
                 prompt = self.text_ids(drawing_prompt(name, style))
-            if random.random() < self.prompt_dropout:
+            if draw.random() < self.prompt_dropout:
                 prompt, target = [boi], self.image_ids(index)
             else:
                 target = [boi, *self.image_ids(index)]
             ids, labels = prompt + target + [eos], [IGNORED_LABEL] * len(prompt) + target + [eos]
-            return {"ids": ids, "labels": labels, "pictures": None}
+            return {"position": position, "ids": ids, "labels": labels, "pictures": None}
         question, answer = {
             "caption": ("", name),
             "style_question": (question_prompt("style"), style),
@@ -84,13 +99,19 @@ class PictureSamples(torch.utils.data.Dataset):
         prompt = [boi, self.processor.eoi_token_id, *(self.text_ids(question) if question else [])]
         answer_ids = [*self.text_ids(answer), eos]
         labels = [IGNORED_LABEL] * len(prompt) + answer_ids
-        return {"ids": prompt + answer_ids, "labels": labels, "pictures": self.pictures.pictures[index]}
+        return {
+            "position": position,
+            "ids": prompt + answer_ids,
+            "labels": labels,
+            "pictures": self.pictures.pictures[index],
+        }
 
     @staticmethod
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-        """Right-padded ids, labels, mask; the pictures that are read, in order."""
+        """Right-padded ids, labels, mask; the pictures that are read, in order, and which samples read one."""
         longest = max(len(item["ids"]) for item in items)
         batch = {
+            "position": torch.tensor([item["position"] for item in items]),
             "input_ids": torch.zeros(len(items), longest, dtype=torch.long),
             "labels": torch.full((len(items), longest), IGNORED_LABEL),
             "attention_mask": torch.zeros(len(items), longest, dtype=torch.long),
@@ -99,6 +120,7 @@ class PictureSamples(torch.utils.data.Dataset):
             batch["input_ids"][row, : len(item["ids"])] = torch.tensor(item["ids"])
             batch["labels"][row, : len(item["ids"])] = torch.tensor(item["labels"])
             batch["attention_mask"][row, : len(item["ids"])] = 1
+        batch["reads"] = torch.tensor([item["pictures"] is not None for item in items])
         pictures = [item["pictures"] for item in items if item["pictures"] is not None]
         return batch | {"pictures": torch.stack(pictures) if pictures else None}
 
@@ -112,19 +134,26 @@ class LanguageModelTraining(nn.Module):
         self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
         self.model.model.visual_tokenizer.requires_grad_(False)
 
-    def corrupt(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.model.model.visual_tokenizer.eval()  # frozen, its statistics too
+        return self
+
+    def corrupt(self, input_ids: torch.Tensor, labels: torch.Tensor, noise: SampleNoise) -> torch.Tensor:
         """Replaces a share of the target codes that are read back by random codes: drawing must survive its errors."""
         vocabulary = self.model.config.vocabulary
-        chosen = (torch.rand(input_ids.shape) < self.recipe["code_corruption"]) & (labels >= vocabulary.visual_offset)
-        return torch.where(chosen, torch.randint_like(input_ids, vocabulary.visual_offset, vocabulary.size), input_ids)
+        uniform = noise.uniform(input_ids.shape[1], 2)
+        chosen = (uniform[..., 0] < self.recipe["code_corruption"]) & (labels >= vocabulary.visual_offset)
+        others = vocabulary.visual_offset + (uniform[..., 1] * vocabulary.codebook_size).long()
+        return torch.where(chosen, others, input_ids)
 
-    def forward(self, input_ids, labels, attention_mask, pictures, progress: float):
+    def forward(self, input_ids, labels, attention_mask, pictures, reads, noise: SampleNoise, progress: float):
         model = self.model
         offset = model.config.vocabulary.visual_offset
-        input_ids = self.corrupt(input_ids, labels)
+        input_ids = self.corrupt(input_ids, labels, noise)
         embeds = None
         if pictures is not None:
-            pixels = normalize_pictures(augment(pictures.float() / 255, **self.augmentation))
+            pixels = normalize_pictures(augment(pictures.float() / 255, noise.of(reads), **self.augmentation))
             expanded = model.model.expand_inputs(input_ids, pixels, attention_mask, labels, padding_side="right")
             embeds, attention_mask, labels = expanded.inputs_embeds, expanded.attention_mask, expanded.labels
         else:
@@ -146,7 +175,7 @@ class LanguageModelTraining(nn.Module):
         metrics = {"code_loss": losses[targets >= offset].mean().detach()}
         if bool(is_text.any()):
             metrics["text_loss"] = losses[is_text].mean().detach()
-        return {"loss": (weights * losses).sum() / weights.sum(), "metrics": metrics}
+        return {"loss": ragged_mean(losses, weights), "metrics": metrics}
 
 
 @torch.no_grad()
@@ -190,7 +219,14 @@ def build(recipe: dict):
         generation_presets=recipe["generation_presets"],
     )
     codes = tokenize_all(visual_tokenizer, pictures)
-    dataset = PictureSamples(pictures, codes, processor, recipe["mixture"], recipe["objective"]["prompt_dropout"])
+    dataset = PictureSamples(
+        pictures,
+        codes,
+        processor,
+        recipe["mixture"],
+        recipe["objective"]["prompt_dropout"],
+        recipe["training_arguments"].get("seed", 42),
+    )
     return LanguageModelTraining(model, recipe), dataset, []
 
 

@@ -20,7 +20,7 @@ from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerCo
 from ..modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutput
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..unet_lavit import LavitUNet2DConditionModel
-from .data import PictureDataset, augment, load_pictures, normalize_pictures
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures
 
 
 class PixelDecoderTraining(nn.Module):
@@ -49,6 +49,11 @@ class PixelDecoderTraining(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
         self.average = copy.deepcopy(self.trained).requires_grad_(False)
 
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.tokenizer.eval()  # frozen, its statistics too
+        return self
+
     @torch.no_grad()
     def update_average(self) -> None:
         """Moves the average; faster at first, so that it does not remember the start."""
@@ -57,7 +62,7 @@ class PixelDecoderTraining(nn.Module):
         for average, current in zip(self.average.parameters(), self.trained.parameters(), strict=True):
             average.lerp_(current, 1 - decay)
 
-    def conditions(self, pictures: torch.Tensor) -> LavitDetokenizerOutput:
+    def conditions(self, pictures: torch.Tensor, noise: SampleNoise) -> LavitDetokenizerOutput:
         """Pictures (B, 3, S, S) in [0, 1] to the UNet's conditions."""
         detokenizer = self.trained["detokenizer"]
         with torch.no_grad():
@@ -69,23 +74,24 @@ class PixelDecoderTraining(nn.Module):
                 tokens = self.tokenizer.tokenize(pixel_values)
         if self.recipe["condition"] == "features":
             return detokenizer.conditions(features)
-        corrupted = torch.rand(tokens.codes.shape) < self.recipe["code_corruption"]
-        codes = torch.where(
-            corrupted, torch.randint_like(tokens.codes, detokenizer.config.codebook_size), tokens.codes
-        )
-        return detokenizer(codes, tokens.lengths)
+        kept = torch.arange(self.tokenizer.config.num_patches) < tokens.lengths[:, None]
+        uniform = noise.uniform(self.tokenizer.config.num_patches, 2)[kept]
+        corrupted = uniform[:, 0] < self.recipe["code_corruption"]
+        others = (uniform[:, 1] * detokenizer.config.codebook_size).long()
+        return detokenizer(torch.where(corrupted, others, tokens.codes), tokens.lengths)
 
-    def forward(self, pictures, name, style, index, progress: float = 1.0):
-        pictures = augment(pictures.float() / 255, **self.augmentation)
+    def forward(self, pictures, name, style, noise: SampleNoise, progress: float = 1.0):
+        pictures = augment(pictures.float() / 255, noise, **self.augmentation)
         latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode() * self.vae.config.scaling_factor
-        condition = self.conditions(pictures)
+        condition = self.conditions(pictures, noise)
         batch, size = len(pictures), pictures.shape[-1]
-        keep = (torch.rand(batch) >= self.recipe["condition_dropout"]).float()
+        uniform = noise.uniform(2)
+        keep = (uniform[:, 0] >= self.recipe["condition_dropout"]).float()
         time_ids = latents.new_tensor([size, size, 0, 0, size, size]).expand(batch, -1)
-        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (batch,))
-        noise = torch.randn_like(latents)
+        timesteps = (uniform[:, 1] * self.scheduler.config.num_train_timesteps).long()
+        added = noise.normal(*latents.shape[1:])
         prediction = self.trained["unet"](
-            self.scheduler.add_noise(latents, noise, timesteps),
+            self.scheduler.add_noise(latents, added, timesteps),
             timesteps,
             condition.prompt_embeds.float() * keep[:, None, None],
             added_cond_kwargs={
@@ -98,9 +104,9 @@ class PixelDecoderTraining(nn.Module):
         if kind == "sample":
             target, weight = latents, (1 / variance).clamp(max=self.recipe["max_weight"])
         elif kind == "epsilon":
-            target, weight = noise, torch.ones_like(variance)
+            target, weight = added, torch.ones_like(variance)
         else:
-            target, weight = self.scheduler.get_velocity(latents, noise, timesteps), torch.ones_like(variance)
+            target, weight = self.scheduler.get_velocity(latents, added, timesteps), torch.ones_like(variance)
         error = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
         loss = (weight * error).mean()
         noisy = variance > 0.9

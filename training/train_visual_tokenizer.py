@@ -4,8 +4,8 @@ The encoder is frozen. Loss: `1 - cos` between the encoder's features and those 
 kept tokens, plus `rate_weight · (keep_rate - mean keep)²`; first without quantization, then with it (EMA codebook
 started by k-means). Around it stand the terms that a small data set needs, each with its weight in the recipe:
 linear pixels, name and style read off the rebuilt features by the frozen heads of stage 0; a local term, by which
-each code must tell its own patch and place; and a saliency term, which starts the selector on patches with detail
-and makes it decisive.
+each code must tell its own patch and place; a lookup term, by which some heads of the decoder learn to find the codes
+of near patches; and a saliency term, which starts the selector on patches with detail and makes it decisive.
 """
 
 import json
@@ -16,17 +16,31 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AttentionInterface
 
 from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerConfig
+from ..layers_lavit import eager_attention_forward
 from ..modeling_lavit_detokenizer import LavitDetokenizer
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from .codebook import EMACodebook
-from .data import PictureDataset, augment, load_pictures, normalize_pictures, patchify
-from .pretrain_encoder import PictureHeads
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify
+from .distributed import gather, global_mean, ragged_mean
+from .pretrain_encoder import PictureHeads, patch_places
 
 
+# Attention of the decoder that can be looked at.
+RECORDED_ATTENTION = "lavit_recorded"
 # A picture whose name the heads of stage 0 do not know.
 IGNORED_NAME = -100
+
+
+def recorded_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Eager attention that leaves its weights (B, H, R, K) at the module."""
+    attended, module.recorded = eager_attention_forward(module, query, key, value, attention_mask, scaling)
+    return attended, module.recorded
+
+
+AttentionInterface.register(RECORDED_ATTENTION, recorded_attention_forward)
 
 
 def sinusoid(positions: torch.Tensor, width: int) -> torch.Tensor:
@@ -66,15 +80,18 @@ class VisualTokenizerTraining(nn.Module):
         self.detokenizer.codebook.requires_grad_(False)
         self.heads.requires_grad_(False)
         width, dim = config.hidden_size, config.codebook_dim
-        self.local_head = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width + 2))
+        self.local_head = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width + 6))
         self.codebook = EMACodebook(
             config.codebook_size, dim, self.recipe["codebook_decay"], self.recipe["revive_below"]
         )
         self.recent = deque(maxlen=8)
-        side = config.image_size // config.patch_size
-        axis = torch.linspace(-1, 1, side)
         self.register_buffer("names", names)
-        self.register_buffer("places", torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2))
+        self.register_buffer("places", patch_places(config))
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.tokenizer.encoder.eval()  # frozen, its statistics too
+        return self
 
     def init_positions(self) -> None:
         """Sinusoidal start of the decoder's query and order embeddings (small-normal ones take long to be used)."""
@@ -93,6 +110,28 @@ class VisualTokenizerTraining(nn.Module):
         ramp = min(1.0, progress / self.recipe["keep_ramp"])
         return self.recipe["keep_start"] + ramp * (self.recipe["keep_rate"] - self.recipe["keep_start"])
 
+    def lookup_loss(self, places: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """How far half of the decoder's cross attention heads are from looking at the codes near each query.
+
+        Args:
+            places: (B, n, 2) rows and columns of the kept patches, in patches.
+            valid: (B, n), false at padding.
+
+        Returns:
+            () mean cross entropy over layers and heads to the softmax of `-distance² / 2`.
+        """
+        side = self.config.image_size // self.config.patch_size
+        axis = torch.arange(side, dtype=torch.float32)
+        queries = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+        distance = torch.cdist(queries.expand(len(places), -1, -1), places).square()
+        target = (-distance / 2).masked_fill(~valid[:, None], -torch.inf).softmax(-1)[:, None]
+        losses = []
+        for layer in self.detokenizer.layers:
+            weights = layer.cross_attn.recorded
+            weights = weights[:, : weights.shape[1] // 2].float()
+            losses.append(-(target * weights.clamp_min(1e-6).log()).sum(-1).mean())
+        return torch.stack(losses).mean()
+
     def quantize(self, projected: torch.Tensor, progress: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Unit vectors (M, D) to what the decoder sees and the codes; both phases of the recipe."""
         codebook = self.tokenizer.quantizer.codebook.weight
@@ -108,19 +147,19 @@ class VisualTokenizerTraining(nn.Module):
             self.codebook.update(projected.detach(), codes, codebook)
         return projected + (quantized - projected).detach(), codes
 
-    def forward(self, pictures, name, style, index, progress: float = 1.0):
+    def forward(self, pictures, name, style, noise: SampleNoise | None = None, progress: float = 1.0):
         weights = self.recipe["weights"]
         name = self.names[name]
         pictures = pictures.float() / 255
         if self.training:
-            pictures = augment(pictures, **self.augmentation)
+            pictures = augment(pictures, noise, **self.augmentation)
         with torch.no_grad():
             features = self.tokenizer.encode_patches(normalize_pictures(pictures)).float()
             target = F.layer_norm(features, features.shape[-1:])
         log_probs = self.tokenizer.selector(features)
         if self.training:
-            noise = -torch.empty_like(log_probs).exponential_().log()
-            soft = (log_probs + noise).softmax(-1)[..., 0]
+            uniform = noise.uniform(*log_probs.shape[1:]).clamp_min(1e-10)
+            soft = (log_probs - (-uniform.log()).log()).softmax(-1)[..., 0]
         else:
             soft = log_probs[..., 0].exp()
         hard = (soft >= 0.5).float()
@@ -134,33 +173,39 @@ class VisualTokenizerTraining(nn.Module):
         valid = torch.arange(int(lengths.max())) < lengths[:, None]
         padded = vectors.new_zeros(*valid.shape, vectors.shape[-1]).index_put((valid,), vectors)
         rebuilt = self.detokenizer.decode(padded, valid).float()
-        name_logits, style_logits, pixels = self.heads(rebuilt)
+        side = self.config.image_size // self.config.patch_size
+        patches = torch.zeros(valid.shape).masked_scatter(valid, hard.nonzero()[:, 1].float())
+        places = torch.stack([patches.div(side, rounding_mode="floor"), patches % side], dim=-1)
+        name_logits, style_logits, pixels, _ = self.heads(rebuilt)
 
         keep_rate = self.keep_rate(progress)
         detail = saliency(pictures, self.config.patch_size)
-        detail = detail + 1e-6 * torch.rand_like(detail)
-        salient = (detail > detail.flatten().quantile(1 - keep_rate)).float()
+        # even patches come last to first where they tie
+        detail = detail + 1e-6 * torch.linspace(0, 1, detail.shape[1])
+        salient = (detail > gather(detail).flatten().quantile(1 - keep_rate)).float()
         keep_logit = (log_probs[..., 0] - log_probs[..., 1]).float()
         probability = log_probs[..., 0].exp()
         local = self.local_head(vectors)
         kept = hard.bool()
+        kept_places = self.places.expand(len(kept), -1, -1)[kept]
         patch_targets = (target - target.mean(1, keepdim=True))[kept]
         terms = {
             "cosine": (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean(),
             "scale": F.mse_loss(rebuilt, target),
             "pixels": F.mse_loss(pixels.float(), patchify(pictures * 2 - 1, self.config.patch_size)),
-            "rate": (probability.mean() - keep_rate).square(),
+            "rate": (global_mean(probability.mean()) - keep_rate).square(),
             "name": F.cross_entropy(name_logits.float(), name, ignore_index=IGNORED_NAME, reduction="sum") / len(name),
             "style": F.cross_entropy(style_logits.float(), style),
-            "local": (1 - F.cosine_similarity(local[:, :-2].float(), patch_targets, dim=-1)).mean(),
-            "place": F.mse_loss(local[:, -2:].float(), self.places.expand(len(kept), -1, -1)[kept]),
+            "local": ragged_mean(1 - F.cosine_similarity(local[:, :-6].float(), patch_targets, dim=-1)),
+            "place": ragged_mean((local[:, -6:].float() - kept_places).square().mean(1)),
+            "lookup": self.lookup_loss(places, valid),
             "saliency": F.binary_cross_entropy_with_logits(keep_logit, salient),
             "entropy": F.binary_cross_entropy_with_logits(keep_logit, probability),
         }
         metrics = {key: value.detach() for key, value in terms.items()}
         terms["saliency"] = terms["saliency"] * max(0.0, 1 - progress / self.recipe["saliency_until"])
         if codes is not None:
-            terms["commitment"] = F.mse_loss(projected, vectors.detach()) * projected.shape[-1]
+            terms["commitment"] = ragged_mean((projected - vectors.detach()).square().sum(1))
             distinct = [len(row.unique()) / len(row) for row in codes.split(lengths.tolist())]
             metrics |= {
                 "commitment": terms["commitment"].detach(),
@@ -184,7 +229,7 @@ def build(recipe: dict):
     dataset = load_pictures(recipe["data"], config.image_size)
     tokenizer = LavitVisualTokenizer._from_config(config, attn_implementation="eager")
     detokenizer = LavitDetokenizer._from_config(
-        LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation="eager"
+        LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation=RECORDED_ATTENTION
     )
     encoder = Path(recipe["encoder"])
     labels = json.loads((encoder / "labels.json").read_text())
@@ -214,6 +259,6 @@ def finish(model: VisualTokenizerTraining, dataset: PictureDataset, recipe: dict
         for start in range(0, len(pictures.name), 64):
             rows = slice(start, start + 64)
             batch = (pictures.pictures[rows], pictures.name[rows], pictures.style[rows])
-            for key, value in model(*batch, index=None)["metrics"].items():
+            for key, value in model(*batch)["metrics"].items():
                 totals[key] = totals.get(key, 0.0) + float(value) * len(batch[1]) / len(pictures.name)
         print(split, {key: round(value, 4) for key, value in totals.items()})
