@@ -84,12 +84,17 @@ def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
     return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
 
 
-def draw(probabilities: torch.Tensor, generators: list[torch.Generator]) -> torch.LongTensor:
-    """(B, V) probabilities -> (B,) ids, each row by inverting its distribution at one uniform number of its generator.
+def next_uniforms(generators: list[torch.Generator], count: int = 1) -> torch.Tensor:
+    """(B, count) uniform numbers, row by row from its own generator: one for every id to come."""
+    drawn = [[torch.rand((1,), generator=one, device=one.device).cpu() for _ in range(count)] for one in generators]
+    return torch.stack([torch.cat(row) for row in drawn])
+
+
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
+    """(B, V) probabilities and (B, 1) uniform numbers -> (B,) ids, each row by inverting its distribution.
 
     One number per row and step makes a row independent of its batch, of V and of the device of the generator.
     """
-    uniform = torch.stack([torch.rand((1,), generator=one, device=one.device).cpu() for one in generators])
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, uniform.to(cumulative) * total, right=True)
@@ -112,6 +117,11 @@ class LavitDecodingLoop:
         generators: one per row; None for greedy search. A single generator in `joint_generator` instead draws all rows
             with one `torch.multinomial`, as the reference does.
         streamer: gets the prompt and then every step's ids.
+        restart_unconditional: whether the unconditional stream begins anew at every `[IMG]` that is written.
+        draft_length: so many ids are guessed ahead of each forward, which verifies them all (Jacobi iteration,
+            arXiv 2305.10427): what a position would get after the guesses before it is its guess in the next forward.
+            As the uniform numbers of the ids to come are fixed, an id is kept if it is the one that would be drawn:
+            what is written stays the same. All rows go on by as many ids as the slowest.
     """
 
     def __init__(
@@ -123,6 +133,7 @@ class LavitDecodingLoop:
         joint_generator: torch.Generator | None = None,
         streamer: BaseStreamer | None = None,
         restart_unconditional: bool = False,
+        draft_length: int = 0,
     ):
         self.vocabulary = vocabulary
         self.pad_token_id = pad_token_id
@@ -131,6 +142,7 @@ class LavitDecodingLoop:
         self.joint_generator = joint_generator
         self.streamer = streamer
         self.restart_unconditional = restart_unconditional
+        self.draft_length = draft_length
 
     def __call__(
         self,
@@ -154,28 +166,45 @@ class LavitDecodingLoop:
             self.streamer.put(input_ids[:rows].cpu())
 
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        drafts = input_ids[:rows, :0]
         while True:
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            step_logits = outputs.logits[:, -1 - drafts.shape[1] :].to(
+                copy=True, dtype=torch.float32, device=input_ids.device
+            )
+            for accepted in range(1, step_logits.shape[1] + 1):
+                logits, sequences = step_logits[:, accepted - 1], input_ids[:rows]
+                scores = logits_processor(sequences, self._guide(logits, sequences) if guided else logits)
+                if generation_config.output_scores:
+                    all_scores.append(scores)
+                if generation_config.output_logits:
+                    all_logits.append(logits)
+                ids = torch.where(unfinished, self._choose(scores, generation_config.do_sample), self.pad_token_id)
+                if self.streamer is not None:
+                    self.streamer.put(ids.cpu())
+                input_ids = torch.cat([input_ids, (ids.repeat(2) if guided else ids).unsqueeze(1)], dim=1)
+                unfinished = unfinished & ~stopping_criteria(input_ids[:rows], scores)
+                if not unfinished.any():
+                    break
+                if accepted <= drafts.shape[1] and (unfinished & (ids != drafts[:, accepted - 1])).any():
+                    break
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=accepted)
             del outputs
-            sequences = input_ids[:rows]
-            scores = logits_processor(sequences, self._guide(logits, sequences) if guided else logits)
-            if generation_config.output_scores:
-                all_scores.append(scores)
-            if generation_config.output_logits:
-                all_logits.append(logits)
-            ids = torch.where(unfinished, self._choose(scores, generation_config.do_sample), self.pad_token_id)
-            if self.streamer is not None:
-                self.streamer.put(ids.cpu())
-            input_ids = torch.cat([input_ids, (ids.repeat(2) if guided else ids).unsqueeze(1)], dim=1)
-            unfinished = unfinished & ~stopping_criteria(input_ids[:rows], scores)
             if not unfinished.any():
                 break
             if guided and self.restart_unconditional:
                 self._restart_unconditional(ids, model_kwargs)
-            next_length = 1 if model_kwargs["use_cache"] else None
-            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=next_length, **model_kwargs)
-            outputs = forward(**inputs, return_dict=True)
+            if accepted <= drafts.shape[1] and model_kwargs["use_cache"]:
+                model_kwargs["past_key_values"].crop(accepted - 1 - drafts.shape[1])
+            if self.draft_length:
+                room = generation_config.max_length - input_ids.shape[1] - 1
+                drafts = self._guess(
+                    step_logits[:, accepted:],
+                    input_ids[:rows],
+                    logits_processor,
+                    generation_config.do_sample,
+                    max(0, min(self.draft_length, room)),
+                )
+            outputs = self._forward(forward, model, input_ids, drafts, model_kwargs)
 
         if self.streamer is not None:
             self.streamer.end()
@@ -187,6 +216,41 @@ class LavitDecodingLoop:
             logits=tuple(all_logits) if generation_config.output_logits else None,
             past_key_values=model_kwargs.get("past_key_values"),
         )
+
+    def _guess(
+        self,
+        step_logits: torch.Tensor,
+        sequences: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        do_sample: bool,
+        count: int,
+    ) -> torch.LongTensor:
+        """(B, count) ids to verify next: what the last forward says behind its rejected guesses, then repetition."""
+        rows, known = len(sequences), min(step_logits.shape[1], count)
+        guesses = sequences[:, -1:]
+        if known:
+            flat = step_logits[:, :known].flatten(0, 1)
+            repeated = sequences.repeat_interleave(known, dim=0)
+            guided = self.guidance_scale is not None
+            scores = logits_processor(repeated, self._guide(flat, repeated) if guided else flat)
+            if do_sample:
+                uniform = next_uniforms([one.clone_state() for one in self.generators], known)
+                guesses = draw(scores.softmax(-1), uniform.reshape(-1, 1)).view(rows, known)
+            else:
+                guesses = scores.argmax(-1).view(rows, known)
+        return torch.cat([guesses, guesses[:, -1:].expand(-1, count)], dim=1)[:, :count]
+
+    def _forward(self, forward, model, input_ids: torch.LongTensor, drafts: torch.LongTensor, model_kwargs: dict):
+        """The newest ids and their guessed successors through the model."""
+        count = drafts.shape[1]
+        if count:
+            drafts = drafts.repeat(2, 1) if self.guidance_scale is not None else drafts
+            input_ids = torch.cat([input_ids, drafts], dim=1)
+            model_kwargs = model._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=count)
+            model_kwargs["logits_to_keep"] = 1 + count
+        next_length = 1 + count if model_kwargs["use_cache"] else None
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=next_length, **model_kwargs)
+        return forward(**inputs, return_dict=True)
 
     def _guide(self, logits: torch.Tensor, sequences: torch.LongTensor) -> torch.Tensor:
         conditional, unconditional = logits.log_softmax(-1).chunk(2)
@@ -204,7 +268,7 @@ class LavitDecodingLoop:
         probabilities = scores.softmax(-1)
         if self.joint_generator is not None:
             return torch.multinomial(probabilities, 1, generator=self.joint_generator).squeeze(1)
-        return draw(probabilities, self.generators)
+        return draw(probabilities, next_uniforms(self.generators))
 
     def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
         """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""

@@ -73,6 +73,7 @@ class LavitGenerationMixin(GenerationMixin):
         generator: Generators = None,
         min_image_tokens: int | None = None,
         max_image_tokens: int | None = None,
+        draft_length: int = 0,
         reference_compat: bool = False,
         selection: str | None = None,
         keep_ratio: float | None = None,
@@ -99,6 +100,8 @@ class LavitGenerationMixin(GenerationMixin):
             min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
                 Both are clamped to the number of patches, more of which no image has, and in image mode to
                 `max_new_tokens` less one if that is given.
+            draft_length: mode image: so many codes are guessed ahead of each forward and verified by it. What is
+                written stays the same, in fewer forwards; see `LavitDecodingLoop`. Pays for single rows.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, pictures of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -129,6 +132,12 @@ class LavitGenerationMixin(GenerationMixin):
         if generation_mode == "image" and "max_length" in kwargs:
             raise ValueError("in image mode max_image_tokens limits the length, not max_length")
 
+        if draft_length < 0 or (draft_length and (generation_mode != "image" or reference_compat)):
+            raise ValueError(
+                f"draft_length must be positive, and needs generation_mode 'image' without reference_compat: got "
+                f"{draft_length} with {generation_mode!r}"
+            )
+
         preset = self._preset(generation_preset or ("image" if drawing else None))
         defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS}
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
@@ -157,7 +166,9 @@ class LavitGenerationMixin(GenerationMixin):
         if generation_mode == "image" and config.max_new_tokens is not None:
             # pipelines set this general limit; [/IMG] counts in it
             limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
-        return self._generate_images(prompt, generation_mode, config, guidance_scale, limits, drawn, call)
+        return self._generate_images(
+            prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
+        )
 
     def _preset(self, name: str | None) -> dict[str, Any]:
         if name is None:
@@ -276,6 +287,7 @@ class LavitGenerationMixin(GenerationMixin):
         limits: tuple[int, int],
         drawn: LavitDraw,
         call: dict[str, Any],
+        draft_length: int,
     ) -> torch.LongTensor | GenerateOutput:
         vocabulary = self.config.vocabulary
         image_mode, guided = generation_mode == "image", guidance_scale != 1
@@ -314,6 +326,8 @@ class LavitGenerationMixin(GenerationMixin):
         if image_mode:
             config.eos_token_id = vocabulary.eoi_token_id
 
+        if draft_length and (beams > 1 or (self._chosen(config, "cache_implementation") or "dynamic") != "dynamic"):
+            raise ValueError("draft_length needs a dynamic cache, from which guesses can be taken back, and no beams")
         loop = None
         if beams == 1:
             loop = drawn.loop(
@@ -322,6 +336,7 @@ class LavitGenerationMixin(GenerationMixin):
                 num_prompts * (self._chosen(config, "num_return_sequences") or 1),
                 guidance_scale=guidance_scale if guided else None,
                 restart_unconditional=not image_mode,
+                draft_length=draft_length,
             )
         elif guided and not drawn.reference_compat:
             raise ValueError("guidance_scale and num_beams: the unconditional stream cannot follow beams, choose one")

@@ -22,7 +22,7 @@ from tiny import (
 from transformers import CompileConfig, GenerationConfig
 
 from modeling_lavit import LavitForConditionalGeneration
-from modeling_lavit.decoding_lavit import draw
+from modeling_lavit.decoding_lavit import draw, next_uniforms
 
 
 # --- image mode ---
@@ -241,11 +241,96 @@ def test_sampling_follows_temperature_top_k_and_top_p(model):
 def test_drawn_ids_follow_their_probabilities_and_never_have_none():
     probabilities = torch.tensor([[0.0, 0.2, 0.0, 0.5, 0.3, 0.0]]).repeat(2, 1)
     generators = [seeded(0), seeded(1)]
-    drawn = torch.stack([draw(probabilities, generators) for _ in range(2000)])
+    drawn = torch.stack([draw(probabilities, next_uniforms(generators)) for _ in range(2000)])
     for row in range(2):
         shares = torch.bincount(drawn[:, row], minlength=6) / 2000
         torch.testing.assert_close(shares, probabilities[0], atol=0.04, rtol=0)
         assert shares[probabilities[0] == 0].sum() == 0
+
+
+# --- guessing ahead ---
+
+
+class Forwards:
+    """Counts a model's forwards."""
+
+    def __init__(self, model):
+        self.count = 0
+        self.hook = model.model.register_forward_pre_hook(self)
+
+    def __call__(self, module, arguments):
+        self.count += 1
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("draft_length", [1, 5])
+def test_guessing_ahead_writes_the_same_images_and_uses_up_the_same_numbers(model, scale, do_sample, draft_length):
+    settings = {"guidance_scale": scale, "do_sample": do_sample}
+    for prompts in (PROMPTS, PROMPTS[1:2]):
+        plain, guessing = [seeded(i) for i in range(len(prompts))], [seeded(i) for i in range(len(prompts))]
+        expected = draw_images(model, prompts, generator=plain, **settings)
+        images = draw_images(model, prompts, generator=guessing, draft_length=draft_length, **settings)
+        assert images.tolist() == expected.tolist()
+        assert [torch.rand(1, generator=one) for one in guessing] == [torch.rand(1, generator=one) for one in plain]
+
+
+def test_guesses_that_come_true_save_forwards():
+    easy = tiny_model()
+    with torch.no_grad():
+        # what comes next depends on how many codes there are, not on which
+        easy.get_input_embeddings().weight[CODE:END] = easy.get_input_embeddings().weight[CODE]
+    forwards = Forwards(easy)
+    limits = {"min_image_tokens": 12, "max_image_tokens": 12}
+    expected = draw_images(easy, PROMPTS[:1], generator=seeded(0), **limits)
+    assert forwards.count == 13
+    forwards.count = 0
+    images = draw_images(easy, PROMPTS[:1], generator=seeded(0), draft_length=4, **limits)
+    assert images.tolist() == expected.tolist()
+    assert forwards.count <= 7
+
+
+@torch.no_grad()
+def test_guessing_ahead_leaves_the_distribution_of_images_as_it_is(model):
+    """Pearson's test on the first two codes of 300 images, their probabilities computed one by one."""
+    scale, top_k, draws = 3.0, 3, 300
+
+    def next_probabilities(codes):
+        logits = [model(torch.tensor([[*start, *codes]])).logits[0, -1] for start in (PROMPTS[1], [BOI])]
+        conditional, unconditional = (each.log_softmax(-1) for each in logits)
+        scores = (unconditional + scale * (conditional - unconditional))[CODE:END]
+        best = scores.topk(top_k)
+        return {CODE + code: p for code, p in zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True)}
+
+    expected = {
+        (first, second): p * q
+        for first, p in next_probabilities([]).items()
+        for second, q in next_probabilities([first]).items()
+    }
+    counts = dict.fromkeys(expected, 0)
+    generator = seeded(0)
+    for _ in range(draws):
+        ids = draw_images(
+            model, PROMPTS[1:2], **THREE, guidance_scale=scale, top_k=top_k, generator=generator, draft_length=2
+        )
+        counts[tuple(ids[0, :2].tolist())] += 1
+    frequent = [pair for pair in expected if draws * expected[pair] >= 5]
+    statistic = sum((counts[pair] - draws * expected[pair]) ** 2 / (draws * expected[pair]) for pair in frequent)
+    assert len(frequent) > 2
+    # the 99.9th percentile of chi square with eight degrees of freedom, the most there can be
+    assert statistic < 26.1
+
+
+def test_guessing_ahead_needs_image_mode_and_a_cache_that_can_be_cut(model):
+    for settings, message in (
+        ({"generation_mode": "interleaved"}, "draft_length"),
+        ({"draft_length": -1}, "draft_length"),
+        ({"reference_compat": True}, "draft_length"),
+        ({"cache_implementation": "static"}, "dynamic cache"),
+        ({"num_beams": 2, "guidance_scale": None}, "no beams"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_images(model, PROMPTS, **({"draft_length": 3} | settings))
 
 
 # --- limits and errors ---
