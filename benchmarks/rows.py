@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 from transformers import CompileConfig, GenerationConfig, GenerationMixin, LlamaConfig
 
@@ -13,6 +14,7 @@ from benchmarks.measure import Comparison, Curve, Way
 from modeling_lavit import (
     LavitConfig,
     LavitForConditionalGeneration,
+    LavitPipeline,
     LavitVisualTokenizer,
     LavitVisualTokenizerConfig,
 )
@@ -287,6 +289,55 @@ def static_cache(options: Options) -> Comparison:
         Way("static cache, compiled", drawing(model, options, guidance_scale=3.0, **compiled)),
         Way("dynamic cache, eager", drawing(model, options, guidance_scale=3.0)),
     )
+
+
+@row
+def guessing_ahead(options: Options) -> Comparison:
+    """Visual tokens with guidance, the embedded checkpoint"""
+    pipe = _pipeline(options)
+    forwards = []
+    pipe.model.model.register_forward_pre_hook(lambda module, arguments: forwards.append(None))
+
+    def tokens(draft_length: int) -> str:
+        forwards.clear()
+        pipe.generate_visual_tokens(PROMPT, generator=torch.Generator().manual_seed(0), draft_length=draft_length)
+        return f"{len(forwards)} forwards"
+
+    return Comparison(Way("draft_length=4", lambda: tokens(4)), Way("one by one", lambda: tokens(0)))
+
+
+@row
+def solver(options: Options) -> Comparison:
+    """Pixels from visual tokens, the embedded checkpoint"""
+    pipe, faster = _pipeline(options), _pipeline(options)
+    faster.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    tokens, steps = [torch.arange(40)], pipe.config.default_num_inference_steps
+    return Comparison(
+        Way(
+            f"DPM-Solver++ 2M, {steps // 2} steps",
+            lambda: faster(visual_tokens=tokens, num_inference_steps=steps // 2),
+        ),
+        Way(f"{type(pipe.scheduler).__name__}, {steps} steps", lambda: pipe(visual_tokens=tokens)),
+    )
+
+
+@row
+def guidance_interval(options: Options) -> Comparison:
+    """Pixels from visual tokens, the embedded checkpoint"""
+    pipe, tokens = _pipeline(options), [torch.arange(40)]
+    return Comparison(
+        Way(
+            "guidance in half of the steps",
+            lambda: pipe(visual_tokens=tokens, decoder_guidance_interval=(0.0, 0.5)),
+        ),
+        Way("in all", lambda: pipe(visual_tokens=tokens)),
+    )
+
+
+def _pipeline(options: Options) -> LavitPipeline:
+    pipe = LavitPipeline.from_pretrained(options.checkpoint, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @curve

@@ -169,6 +169,8 @@ class LavitConfig(PreTrainedConfig):
         text_vocab_size: number of text ids; all other ids follow from it, see [`LavitVocabulary`].
         share_understanding_merger: whether reading pictures uses the visual tokenizer's merger (checkpoints trained
             here) or one of its own (official checkpoints).
+        generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
+            no pictures. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
     """
 
@@ -182,6 +184,7 @@ class LavitConfig(PreTrainedConfig):
     visual_config: dict | PreTrainedConfig | None = None
     text_vocab_size: int = 32000
     share_understanding_merger: bool = False
+    generation_only: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float | int = 0.02
 

@@ -31,6 +31,35 @@ class MaskedUNet:
         return getattr(self._unet, name)
 
 
+class IntervalUNet:
+    """A UNet that, outside an interval of the denoising steps, computes the conditional half of its rows alone and
+    gives it for both halves: guidance then changes nothing (arXiv 2404.07724).
+
+    Args:
+        unet: called with [unconditional; conditional] rows.
+        scheduler: knows the number of steps.
+        interval: shares of the steps, (start, stop), between which both halves are computed.
+    """
+
+    def __init__(self, unet, scheduler, interval: tuple[float, float]):
+        self._unet, self._scheduler, self._interval, self._step = unet, scheduler, interval, 0
+
+    def __call__(self, sample: torch.Tensor, timestep, encoder_hidden_states, added_cond_kwargs, **kwargs):
+        start, stop = (int(share * len(self._scheduler.timesteps)) for share in self._interval)
+        guided = start <= self._step < stop
+        self._step += 1
+        if not guided:
+            half = len(sample) // 2
+            sample, encoder_hidden_states = sample[half:], encoder_hidden_states[half:]
+            added_cond_kwargs = {name: value[half:] for name, value in added_cond_kwargs.items()}
+        kwargs["return_dict"] = False
+        (output,) = self._unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **kwargs)
+        return (output if guided else torch.cat([output, output]),)
+
+    def __getattr__(self, name: str):
+        return getattr(self._unet, name)
+
+
 class TokenObserver(StoppingCriteria):
     """Moves the progress bar and calls the caller's function after every token; never stops."""
 

@@ -88,6 +88,8 @@ def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max
     folder = Path(folder)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; a pipeline is saved as a folder")
+    if pipe.model.config.generation_only:
+        raise ValueError("the model was loaded with generation_only=True: a pipeline is saved with all its parts")
     folder.mkdir(parents=True, exist_ok=True)
     for name, component in pipe.components.items():
         if component is None:

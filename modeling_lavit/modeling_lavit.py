@@ -93,8 +93,12 @@ class LavitModel(LavitPreTrainedModel):
 
     def __init__(self, config: LavitConfig):
         super().__init__(config)
-        self.visual_tokenizer = LavitVisualTokenizer._from_config(config.visual_config)
-        self.understanding = LavitUnderstanding(config)
+        if config.generation_only:
+            self.visual_tokenizer = self.understanding = None
+            self._keys_to_ignore_on_load_unexpected = [r"visual_tokenizer\.", r"understanding\."]
+        else:
+            self.visual_tokenizer = LavitVisualTokenizer._from_config(config.visual_config)
+            self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -106,11 +110,17 @@ class LavitModel(LavitPreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor, **selection) -> list[torch.Tensor]:
         """What the language model reads of each picture: a list of (n, E). See [`LavitUnderstanding`]."""
+        self._check_reads()
         return self.understanding(self.visual_tokenizer, pixel_values, **selection)
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
         """The pictures' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
+        self._check_reads()
         return self.visual_tokenizer.tokenize(pixel_values, **selection)
+
+    def _check_reads(self) -> None:
+        if self.config.generation_only:
+            raise ValueError("the model was loaded with generation_only=True: it has no encoder and reads no pictures")
 
     def expand_inputs(
         self,

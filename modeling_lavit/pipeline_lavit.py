@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .denoising_lavit import LavitDenoiser, MaskedUNet, TokenObserver
+from .denoising_lavit import IntervalUNet, LavitDenoiser, MaskedUNet, TokenObserver
 from .hub_lavit import push_folder, save_folder
 from .modeling_lavit_detokenizer import LavitDetokenizer
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
@@ -234,6 +234,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         width: int | None,
         aspect_ratio: str | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        decoder_guidance_interval: tuple[float, float] = (0.0, 1.0),
     ):
         """Refuses contradictory arguments before any model runs.
 
@@ -252,6 +253,11 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         for name, size in (("height", height), ("width", width)):
             if size is not None and (size <= 0 or size % 8 or size % self.vae_scale_factor):
                 raise ValueError(f"{name} must be a positive multiple of {max(8, self.vae_scale_factor)}, got {size}")
+        start, stop = decoder_guidance_interval
+        if not 0 <= start < stop <= 1:
+            raise ValueError(
+                f"decoder_guidance_interval must be (start, stop) with 0 <= start < stop <= 1, got {(start, stop)}"
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -402,6 +408,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         decoder_guidance_scale: float | None = None,
+        decoder_guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -429,6 +436,8 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
             num_inference_steps, timesteps, sigmas, eta, guidance_rescale, latents, cross_attention_kwargs,
                 original_size, crops_coords_top_left, target_size: as in `StableDiffusionXLPipeline`.
             decoder_guidance_scale: of the UNet, 1 switches guidance off. The language model's is `guidance_scale`.
+            decoder_guidance_interval: shares of the denoising steps between which the UNet is guided; the others cost
+                half.
             generator: one, or one for each image: it drives the visual tokens first and then the noise, so that an
                 image of a batch is the image drawn alone with its generator.
             output_type: "pil", "np", "pt" or "latent".
@@ -441,7 +450,15 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         Raises:
             ValueError: contradictory or unknown arguments, empty prompts, more visual tokens than can be decoded.
         """
-        self.check_inputs(prompt, visual_tokens, height, width, aspect_ratio, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            prompt,
+            visual_tokens,
+            height,
+            width,
+            aspect_ratio,
+            callback_on_step_end_tensor_inputs,
+            decoder_guidance_interval,
+        )
         if visual_tokens is None:
             visual_tokens = self.generate_visual_tokens(
                 prompt, num_images_per_prompt=num_images_per_prompt, generator=generator, **token_kwargs
@@ -462,13 +479,16 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         if latents is None:
             latents = self.prepare_latents(batch_size, height, width, generator)
 
+        unet = self.unet if mask is None else MaskedUNet(self.unet, mask)
+        if decoder_guidance_scale > 1 and tuple(decoder_guidance_interval) != (0, 1):
+            unet = IntervalUNet(unet, self.scheduler, decoder_guidance_interval)
         denoiser = LavitDenoiser(
             vae=self.vae,
             text_encoder=None,
             text_encoder_2=None,
             tokenizer=None,
             tokenizer_2=None,
-            unet=self.unet if mask is None else MaskedUNet(self.unet, mask),
+            unet=unet,
             scheduler=self.scheduler,
             add_watermarker=False,
         )
@@ -524,13 +544,10 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         """
         prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
         pixel_values = prepared.pixel_values
-        tokenizer = self.model.model.visual_tokenizer
         if hasattr(self.model, "_hf_hook"):
             self.model._hf_hook.pre_forward(self.model)
-        visual_tokens = tokenizer.tokenize(
-            pixel_values.to(self._execution_device, tokenizer.dtype),
-            selection=selection,
-            keep_ratio=keep_ratio,
+        visual_tokens = self.model.get_image_tokens(
+            pixel_values.to(self._execution_device), selection=selection, keep_ratio=keep_ratio
         )
         return self(visual_tokens=visual_tokens, **decode_kwargs)
 

@@ -163,12 +163,18 @@ def test_reconstruct_decodes_the_tokens_of_the_picture(pipe):
     assert fewer.lengths.tolist() == [NUM_PATCHES // 4]
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize(("scale", "interval"), [(1.0, (0, 1)), (3.0, (0, 1)), (3.0, (1 / 3, 2 / 3))])
 @torch.no_grad()
-def test_the_denoising_is_ddim_with_guidance_on_the_conditions_of_the_detokenizer(pipe, scale):
+def test_the_denoising_is_ddim_with_guidance_on_the_conditions_of_the_detokenizer(pipe, scale, interval):
     tokens, lowres = codes(5, 12), pipe.detokenizer.config.variant == "lowres"
     noise = torch.randn(2, 4, 8, 8, generator=seed(0))
-    got = latents_of(pipe, visual_tokens=tokens, latents=noise, decoder_guidance_scale=scale)
+    got = latents_of(
+        pipe,
+        visual_tokens=tokens,
+        latents=noise,
+        decoder_guidance_scale=scale,
+        decoder_guidance_interval=interval,
+    )
 
     cond, uncond = pipe.detokenizer(tokens.codes, tokens.lengths), pipe.detokenizer.unconditional(2)
     if lowres:
@@ -189,10 +195,11 @@ def test_the_denoising_is_ddim_with_guidance_on_the_conditions_of_the_detokenize
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
     sample = noise
-    for step in scheduler.timesteps:
+    for index, step in enumerate(scheduler.timesteps):
+        weight = scale if interval[0] <= index / STEPS < interval[1] else 1.0
         noise_cond = predict(sample, step, cond, NUM_PATCHES)
         noise_uncond = predict(sample, step, uncond, pipe.detokenizer.config.num_unconditional_tokens)
-        sample = scheduler.step(noise_uncond + scale * (noise_cond - noise_uncond), step, sample).prev_sample
+        sample = scheduler.step(noise_uncond + weight * (noise_cond - noise_uncond), step, sample).prev_sample
     torch.testing.assert_close(got, sample, atol=2e-4, rtol=2e-4)
 
 
@@ -202,6 +209,14 @@ def test_guidance_rescale_and_the_guidance_of_the_language_model_take_effect(hig
     assert not torch.allclose(plain, rescaled)
     strong = highres.generate_visual_tokens("a red apple", generator=seed(0), guidance_scale=9.0)
     assert strong.codes.tolist() != highres.generate_visual_tokens("a red apple", generator=seed(0)).codes.tolist()
+
+
+def test_steps_outside_the_guidance_interval_cost_half(pipe):
+    rows = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+    latents_of(pipe, visual_tokens=codes(5), num_inference_steps=4, decoder_guidance_interval=(0.25, 0.75))
+    hook.remove()
+    assert rows == [1, 2, 2, 1]
 
 
 def test_step_callbacks_see_and_change_the_latents_and_can_stop(pipe):
@@ -298,6 +313,7 @@ def test_a_decoder_of_the_official_size_offers_the_official_aspect_ratios(highre
         ({"prompt": [["a"], "b"]}, "prompt 0 holds list"),
         ({"prompt": "a", "aspect_ratio": "16:9"}, r"must be one of \['1:1'\], got '16:9'"),
         ({"prompt": "a", "aspect_ratio": "1:1", "height": 16}, "either aspect_ratio or height and width"),
+        ({"prompt": "a", "decoder_guidance_interval": (0.5, 0.2)}, "0 <= start < stop <= 1"),
         ({"prompt": "a", "height": 13}, "height must be a positive multiple of 8, got 13"),
         ({"prompt": ["a", "b"], "generator": [seed(0)]}, "2 images are drawn, but 1 generators"),
         ({"visual_tokens": codes(3), "generator": [seed(0)] * 2}, "1 images are drawn, but 2 generators"),
@@ -395,6 +411,31 @@ def test_offload_and_slicing_change_no_result(pipe):
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     again = fresh.reconstruct(picture(), generator=seed(0), output_type="pt").images
     torch.testing.assert_close(again, pipe.reconstruct(picture(), generator=seed(0), output_type="pt").images)
+
+
+def test_group_offload_changes_no_result(highres):
+    fresh = make_pipe()
+    fresh.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    drawn, wanted = (latents_of(each, "a cat", generator=seed(1)) for each in (fresh, highres))
+    torch.testing.assert_close(drawn, wanted)
+    again, wanted = (
+        each.reconstruct(picture(), generator=seed(1), output_type="latent").images for each in (fresh, highres)
+    )
+    torch.testing.assert_close(again, wanted)
+
+
+def test_drawing_from_text_can_leave_the_encoder_out(highres, tmp_path):
+    highres.model.save_pretrained(tmp_path)
+    model = type(highres.model).from_pretrained(tmp_path, generation_only=True).eval()
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if "visual_tokenizer" in name or "understanding" in name]
+    pipe = make_pipe(model=model)
+    assert torch.equal(latents_of(pipe, "a cat", generator=seed(1)), latents_of(highres, "a cat", generator=seed(1)))
+    for reads in (lambda: pipe([picture(), "in snow"]), lambda: pipe.reconstruct(picture())):
+        with pytest.raises(ValueError, match="generation_only=True"):
+            reads()
+    with pytest.raises(ValueError, match="all its parts"):
+        pipe.save_pretrained(tmp_path / "pipe")
 
 
 def test_the_patch_autoencoder_serves_as_vae():

@@ -1,0 +1,82 @@
+"""How near solvers with few steps come to a 200-step result, and what an independent judge says of their pictures.
+
+    python -m benchmarks.solvers --judge DIR [--model DIR] [--data DIR] [--count 24] [--steps 5 10 25]
+
+Decodes the visual tokens of the first pictures of an image folder (with `metadata.jsonl`) from the same noise by every
+solver, and once with guidance in the first or last half of the steps only. The distance is the root mean square
+difference of pixels in 0..1.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from PIL import Image
+
+from modeling_lavit import LavitPipeline
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.evaluation.judge import Judge
+
+
+SOLVERS = {
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++ 2M": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+INTERVALS = {"": (0.0, 1.0), ", guidance in the first half": (0.0, 0.5), ", guidance in the last half": (0.5, 1.0)}
+REFERENCE_STEPS = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(LAVIT_EMOJI))
+    parser.add_argument("--judge", required=True, help="folder of an evaluation judge")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "tests/fixtures/emoji")
+    parser.add_argument("--count", type=int, default=24)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25])
+    options = parser.parse_args()
+
+    pipe = LavitPipeline.from_pretrained(options.model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge.load(options.judge)
+    rows = [json.loads(line) for line in (options.data / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["name"] in judge.names][: options.count]
+    pictures = [Image.open(options.data / row["file_name"]) for row in rows]
+    pixel_values = pipe.processor.image_processor(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        tokens = pipe.model.get_image_tokens(pixel_values)
+    noise = pipe.prepare_latents(len(rows), *pipe.default_size, torch.Generator().manual_seed(0))
+    config = pipe.scheduler.config
+
+    def decode(solver: type, steps: int, interval: tuple[float, float]) -> tuple[torch.Tensor, float]:
+        pipe.scheduler = solver.from_config(config)
+        started = time.perf_counter()
+        images = pipe(
+            visual_tokens=tokens,
+            latents=noise,
+            num_inference_steps=steps,
+            decoder_guidance_interval=interval,
+            output_type="pt",
+        ).images
+        return images, time.perf_counter() - started
+
+    reference, _ = decode(DDIMScheduler, REFERENCE_STEPS, (0.0, 1.0))
+    names = [row["name"] for row in rows]
+    print(f"{len(rows)} pictures, decoder guidance {pipe.config.default_decoder_guidance_scale}\n")
+    print(f"| solver | steps | distance to {REFERENCE_STEPS} | name top-5 | seconds |")
+    print("|---|---|---|---|---|")
+    print(f"| DDIM | {REFERENCE_STEPS} | 0 | {judge.score(reference, names)['name_top5']:.2f} | |")
+    for name, solver in SOLVERS.items():
+        for steps in options.steps:
+            for label, interval in INTERVALS.items():
+                images, seconds = decode(solver, steps, interval)
+                distance = float((images - reference).pow(2).mean().sqrt())
+                top5 = judge.score(images, names)["name_top5"]
+                print(f"| {name}{label} | {steps} | {distance:.4f} | {top5:.2f} | {seconds:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
