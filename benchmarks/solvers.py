@@ -1,4 +1,4 @@
-"""How near solvers with few steps come to a 200-step result, and what an independent judge says of their pictures.
+"""How near solvers with few steps come to a result of many, and what an independent judge says of their pictures.
 
     python -m benchmarks.solvers --judge DIR [--model DIR] [--data DIR] [--count 24] [--steps 5 10 25]
 
@@ -27,7 +27,6 @@ SOLVERS = {
     "UniPC": UniPCMultistepScheduler,
 }
 INTERVALS = {"": (0.0, 1.0), ", guidance in the first half": (0.0, 0.5), ", guidance in the last half": (0.5, 1.0)}
-REFERENCE_STEPS = 200
 
 
 def main() -> None:
@@ -37,6 +36,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "tests/fixtures/emoji")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25])
+    parser.add_argument("--reference-steps", type=int, default=200, help="of DDIM, what all are compared with")
     options = parser.parse_args()
 
     pipe = LavitPipeline.from_pretrained(options.model, dtype=torch.float32)
@@ -63,12 +63,12 @@ def main() -> None:
         ).images
         return images, time.perf_counter() - started
 
-    reference, _ = decode(DDIMScheduler, REFERENCE_STEPS, (0.0, 1.0))
+    reference, _ = decode(DDIMScheduler, options.reference_steps, (0.0, 1.0))
     names = [row["name"] for row in rows]
     print(f"{len(rows)} pictures, decoder guidance {pipe.config.default_decoder_guidance_scale}\n")
-    print(f"| solver | steps | distance to {REFERENCE_STEPS} | name top-5 | seconds |")
+    print(f"| solver | steps | distance to {options.reference_steps} | name top-5 | seconds |")
     print("|---|---|---|---|---|")
-    print(f"| DDIM | {REFERENCE_STEPS} | 0 | {judge.score(reference, names)['name_top5']:.2f} | |")
+    print(f"| DDIM | {options.reference_steps} | 0 | {judge.score(reference, names)['name_top5']:.2f} | |")
     for name, solver in SOLVERS.items():
         for steps in options.steps:
             for label, interval in INTERVALS.items():
