@@ -52,6 +52,7 @@ def stages(tmp_path_factory) -> dict[str, Path]:
         "language_model.yaml",
         folder / "language_model",
         f"tokenizer={done['tokenizer']}",
+        "start=null",
         "text_model.num_hidden_layers=1",
     )
     smaller = ["unet.block_out_channels=[32, 32]", "unet.attention_head_dim=[2, 2]"]
@@ -112,7 +113,7 @@ def test_two_ranks_train_as_one_with_the_same_global_batch(stages, stage, tmp_pa
     name = stage.replace("-", "_")
     arguments = {
         "tokenizer": [f"encoder={stages['encoder']}", "model.codebook_size=32", "detokenizer.codebook_size=32"],
-        "language-model": [f"tokenizer={stages['tokenizer']}", "text_model.num_hidden_layers=1"],
+        "language-model": [f"tokenizer={stages['tokenizer']}", "start=null", "text_model.num_hidden_layers=1"],
         "pixel-decoder": [f"tokenizer={stages['tokenizer']}", f"start={stages['features']}"],
     }[stage]
     arguments += [DATA, *FEW_STEPS, "training_arguments.max_steps=4", "training_arguments.bf16=false"]

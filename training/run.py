@@ -6,6 +6,7 @@ cut goes on from its last checkpoint when it is started again.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import SampleNoise
-from .distributed import gather_metrics
+from .distributed import alone, gather_metrics
 
 
 STAGES = {
@@ -103,11 +104,17 @@ def run(stage: str, recipe: dict) -> None:
         callbacks=[JsonLinesCallback(), *callbacks],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
-    is_first = trainer.is_world_process_zero()
+    with alone():
+        if trainer.is_world_process_zero():
+            module.finish(
+                trainer.accelerator.unwrap_model(model), dataset, recipe, Path(arguments.output_dir) / "final"
+            )
+    trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # the first rank goes on alone
-    if is_first:
-        module.finish(trainer.accelerator.unwrap_model(model), dataset, recipe, Path(arguments.output_dir) / "final")
+        # the wrapped model has to go before the process group does, else the interpreter hangs when it ends
+        del trainer, model, dataset, callbacks
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -62,13 +62,13 @@ def sentences(names: list[str], styles: list[str]) -> list[str]:
     ]
 
 
-def drawing_prompt(name: str, style: str) -> str:
-    return random.choice(DRAWING_PROMPTS).format(name=name, style=style)
+def drawing_prompt(draw: random.Random, name: str, style: str) -> str:
+    return draw.choice(DRAWING_PROMPTS).format(name=name, style=style)
 
 
-def restyling_prompt(style: str) -> str:
-    return random.choice(RESTYLING_PROMPTS).format(style=style)
+def restyling_prompt(draw: random.Random, style: str) -> str:
+    return draw.choice(RESTYLING_PROMPTS).format(style=style)
 
 
-def question_prompt(kind: str) -> str:
-    return f"Question: {random.choice(QUESTIONS[kind])} Answer:"
+def question_prompt(draw: random.Random, kind: str) -> str:
+    return f"Question: {draw.choice(QUESTIONS[kind])} Answer:"

@@ -82,9 +82,9 @@ class PictureSamples(torch.utils.data.Dataset):
         if task in ("draw", "restyle"):
             sources = [i for i in self.same_name[int(self.pictures.name[index])] if i != index]
             if task == "restyle" and sources:
-                prompt = [boi, *self.image_ids(draw.choice(sources)), *self.text_ids(restyling_prompt(style))]
+                prompt = [boi, *self.image_ids(draw.choice(sources)), *self.text_ids(restyling_prompt(draw, style))]
             else:
-                prompt = self.text_ids(drawing_prompt(name, style))
+                prompt = self.text_ids(drawing_prompt(draw, name, style))
             if draw.random() < self.prompt_dropout:
                 prompt, target = [boi], self.image_ids(index)
             else:
@@ -93,8 +93,8 @@ class PictureSamples(torch.utils.data.Dataset):
             return {"position": position, "ids": ids, "labels": labels, "pictures": None}
         question, answer = {
             "caption": ("", name),
-            "style_question": (question_prompt("style"), style),
-            "name_question": (question_prompt("name"), name),
+            "style_question": (question_prompt(draw, "style"), style),
+            "name_question": (question_prompt(draw, "name"), name),
         }[task]
         prompt = [boi, self.processor.eoi_token_id, *(self.text_ids(question) if question else [])]
         answer_ids = [*self.text_ids(answer), eos]
