@@ -110,6 +110,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         default_num_inference_steps: int = 25,
         default_decoder_guidance_scale: float = 7.0,
         default_guidance_scale: float = 4.0,
+        default_multimodal_guidance_scale: float = 5.0,
         default_top_k: int = 50,
         default_temperature: float = 1.0,
     ):
@@ -142,6 +143,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
             default_num_inference_steps=default_num_inference_steps,
             default_decoder_guidance_scale=default_decoder_guidance_scale,
             default_guidance_scale=default_guidance_scale,
+            default_multimodal_guidance_scale=default_multimodal_guidance_scale,
             default_top_k=default_top_k,
             default_temperature=default_temperature,
         )
@@ -287,7 +289,8 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
                 lists, is a batch.
             num_images_per_prompt: distinct draws for each prompt.
             generator: one, or one for each image (prompts * num_images_per_prompt, a prompt's images together).
-            guidance_scale: of the language model; 1 switches guidance off.
+            guidance_scale: of the language model; 1 switches guidance off. By default that of the checkpoint for text
+                prompts, or for prompts with pictures.
             temperature, top_k, top_p: of the sampling.
             max_image_tokens: at most so many tokens; by default 200, or what the detokenizer takes if that is less.
             reference_compat: the reference's quirks, see [`LavitForConditionalGeneration.generate`].
@@ -302,6 +305,34 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         """
         prompts = _as_batch(prompt)
         self._check_generators(generator, len(prompts) * num_images_per_prompt)
+        if guidance_scale is None:
+            scales = [
+                self.config.default_guidance_scale
+                if all(isinstance(part, str) for part in parts)
+                else self.config.default_multimodal_guidance_scale
+                for parts in prompts
+            ]
+            if len(set(scales)) > 1:
+                rows: dict[int, torch.Tensor] = {}
+                for scale in sorted(set(scales)):
+                    chosen = [i for i, its_scale in enumerate(scales) if its_scale == scale]
+                    images = [i * num_images_per_prompt + j for i in chosen for j in range(num_images_per_prompt)]
+                    part = self.generate_visual_tokens(
+                        [prompts[i] for i in chosen],
+                        num_images_per_prompt,
+                        [generator[i] for i in images] if isinstance(generator, list) else generator,
+                        scale,
+                        temperature,
+                        top_k,
+                        top_p,
+                        max_image_tokens,
+                        reference_compat,
+                        callback_on_token,
+                        **generate_kwargs,
+                    )
+                    rows |= dict(zip(images, part.split(), strict=True))
+                return _pack([rows[i] for i in range(len(rows))])
+            guidance_scale = scales[0]
         inputs = self._encode_prompts(prompts, reference_compat).to(self._execution_device)
         max_image_tokens = max_image_tokens or min(200, self.detokenizer.config.num_queries)
         if max_image_tokens > self.detokenizer.config.num_queries:
@@ -318,7 +349,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
                 generation_mode="image",
                 num_return_sequences=num_images_per_prompt,
                 generator=generator,
-                guidance_scale=self.config.default_guidance_scale if guidance_scale is None else guidance_scale,
+                guidance_scale=guidance_scale,
                 temperature=self.config.default_temperature if temperature is None else temperature,
                 top_k=self.config.default_top_k if top_k is None else top_k,
                 top_p=top_p,
