@@ -269,9 +269,10 @@ def caption(folder: Path, picture: str) -> None:
         "processor = AutoProcessor.from_pretrained(folder)\n"
         "print(f'loaded in {time.time() - started:.0f} s, {model.num_parameters() / 1e9:.2f} billion parameters')\n"
         "started = time.time(); inputs = processor(images=Image.open(picture), return_tensors='pt')\n"
-        "ids = model.generate(**inputs, generation_mode='text')\n"
+        "ids = model.generate(**inputs, generation_preset='caption')\n"
         "new = ids.shape[1] - inputs['input_ids'].shape[1]\n"
-        "print(f'captioned in {time.time() - started:.0f} s, {new} tokens:', repr(processor.batch_decode(ids)[0]))\n"
+        "text = processor.post_process_answer(ids, input_ids=inputs['input_ids'])[0]\n"
+        "print(f'captioned in {time.time() - started:.0f} s, {new} tokens: {text!r}')\n"
     )
     print(Watch(subprocess.Popen([sys.executable, "-c", script, str(folder), picture])))
 
