@@ -68,8 +68,12 @@ class Judge(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
         save_file(tensors, folder / "judge.safetensors")
-        labels = {"names": self.names, "styles": self.styles, "image_size": self.image_size}
-        labels["strides"] = self.strides
+        labels = {
+            "names": self.names,
+            "styles": self.styles,
+            "image_size": self.image_size,
+            "strides": self.strides,
+        }
         (folder / "judge.json").write_text(json.dumps(labels, indent=1) + "\n")
 
     @classmethod

@@ -111,7 +111,7 @@ def run(stage: str, recipe: dict) -> None:
             )
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # the wrapped model has to go before the process group does, else the interpreter hangs when it ends
+        # the wrapped model goes before the process group that it uses
         del trainer, model, dataset, callbacks
         gc.collect()
         torch.distributed.destroy_process_group()
