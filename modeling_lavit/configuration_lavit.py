@@ -13,7 +13,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-SELECTIONS = ("sample", "argmax")
+SELECTIONS = ("sample", "argmax", "all")
 STEMS = ("linear", "convolutional")
 # Where the Auto classes find the code in a saved folder. `PreTrainedModel.save_pretrained` would name one of them.
 AUTO_MAP = {
@@ -75,8 +75,12 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
             kept tokens alone exact.
         kept_only: whether the merger computes kept tokens alone where `attention_epsilon` is not 0: faster, and close,
             not equal (`lavit tokenize --compare-kept-only` counts the codes that change). May be switched at any time.
+        merger_is_causal: whether a kept patch attends to the kept ones before it (the paper's choice), or to all.
+        merge_dropped: whether the merger's cross attention sees the dropped patches (the paper's choice); without it
+            they are lost.
         codebook_size, codebook_dim: number of codes and their dimension.
-        selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`) or `"argmax"`.
+        selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
+            patch: as many tokens for any picture).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
     """
 
@@ -96,6 +100,8 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
     merger_layer_norm_eps: float | int = 1e-5
     attention_epsilon: float | int = 1e-6
     kept_only: bool = False
+    merger_is_causal: bool = True
+    merge_dropped: bool = True
     codebook_size: int = 16384
     codebook_dim: int = 32
     selection: str = "sample"
@@ -107,6 +113,8 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"selection must be one of {SELECTIONS}, got {self.selection!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.attention_epsilon and not (self.merger_is_causal and self.merge_dropped):
+            raise ValueError("merger_is_causal=False and merge_dropped=False need attention_epsilon=0")
         if self.stem not in STEMS:
             raise ValueError(f"stem must be one of {STEMS}, got {self.stem!r}")
         if self.stem == "convolutional" and self.patch_size & (self.patch_size - 1):

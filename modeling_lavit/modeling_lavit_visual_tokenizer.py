@@ -169,7 +169,7 @@ def gather_rows(
 
 class LavitTokenMerger(nn.Module):
     """Merges the dropped patches into the kept ones: causal self attention among kept patches, cross attention to
-    dropped ones.
+    dropped ones (`config.merger_is_causal` and `config.merge_dropped` take either away, to study it).
 
     Where `attention_epsilon` is 0 no kept row depends on the row of a dropped patch, and kept rows alone are computed.
     With an epsilon all rows are, and the last layer's kept ones alone; or, with `config.kept_only`, kept rows
@@ -216,13 +216,17 @@ class LavitTokenMerger(nn.Module):
 
     def _merge_kept(self, features: torch.Tensor, kept: torch.BoolTensor, mask: torch.Tensor) -> torch.Tensor:
         hidden_states, is_kept, places = gather_rows(features, kept)
-        causal = torch.ones(places.shape[1], places.shape[1], dtype=mask.dtype, device=mask.device).tril()
-        self_allowed = mask.gather(1, places)[:, None, None] * causal
+        earlier = torch.ones(places.shape[1], places.shape[1], dtype=mask.dtype, device=mask.device)
+        if self.config.merger_is_causal:
+            earlier = earlier.tril()
+        self_allowed = mask.gather(1, places)[:, None, None] * earlier
         # an image that keeps all patches has its cross attention over all of them, none allowed; a mask that learns
         # needs the kept ones too
         is_key = ~kept | kept.all(1, keepdim=True) | mask.requires_grad
         keys, is_key, key_places = gather_rows(features, is_key)
         cross_allowed = (1 - mask.gather(1, key_places))[:, None, None] * is_key[:, None, None]
+        if not self.config.merge_dropped:
+            cross_allowed = torch.zeros_like(cross_allowed)
         context = self.context_norm(keys)
         present = {}
         if self.config.attention_epsilon:
@@ -317,11 +321,10 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
 
         Args:
             features: (B, N, C) of the encoder.
-            selection: `"sample"` or `"argmax"`; the config's when None.
+            selection: `"sample"`, `"argmax"` or `"all"`; the config's when None.
             keep_ratio: share of the patches to keep, the most probable ones, whatever `selection` says.
             generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
-            gets the
-                noise of `config.selection_seed`.
+                gets the noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
 
         Returns:
@@ -340,6 +343,8 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
             scores = log_probs[..., 0] - log_probs[..., 1]
             best = scores.topk(max(1, round(keep_ratio * patches)), dim=1).indices
             return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True), log_probs
+        if selection == "all":
+            return torch.ones(batch, patches, dtype=torch.bool, device=log_probs.device), log_probs
         scores = log_probs
         if selection == "sample":
             if gumbel_noise is None:

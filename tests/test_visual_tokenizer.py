@@ -106,3 +106,36 @@ def test_compiled_layers_are_one_graph_for_every_count_of_kept_patches():
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def changed_rows(patch: int, **values) -> list[int]:
+    """Which of the kept patches 0, 3, 4, 9, 15 the merger gives another row when the patch's features change."""
+    tokenizer = visual_tokenizer(attention_epsilon=0, **values)
+    features = tokenizer.encode_patches(tiny_images(1))
+    other = features.clone()
+    other[:, patch] *= -1
+    before, after = (tokenizer.merger(x, keep_mask()[:1]) for x in (features, other))
+    return [kept for kept, same in zip(KEPT[0], torch.isclose(before, after).all(1).tolist(), strict=True) if not same]
+
+
+@torch.no_grad()
+def test_who_sees_whom_in_the_merger():
+    assert changed_rows(4) == [4, 9, 15]
+    assert changed_rows(4, merger_is_causal=False) == list(KEPT[0])
+    dropped = 6
+    assert changed_rows(dropped) == list(KEPT[0])
+    assert changed_rows(dropped, merge_dropped=False) == []
+    assert changed_rows(4, merge_dropped=False) == [4, 9, 15]
+
+
+def test_what_needs_no_leak_says_so():
+    for switch in ("merger_is_causal", "merge_dropped"):
+        with pytest.raises(ValueError, match="attention_epsilon=0"):
+            tiny_visual_config(attention_epsilon=1e-6, **{switch: False})
+
+
+@torch.no_grad()
+def test_all_patches_may_be_kept():
+    tokenizer = visual_tokenizer(attention_epsilon=0, selection="all")
+    tokens = tokenizer.tokenize(tiny_images(2))
+    assert tokens.lengths.tolist() == [NUM_PATCHES, NUM_PATCHES] and tokens.keep_mask.all()
