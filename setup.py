@@ -47,9 +47,9 @@ setup(
         "numpy",
     ],
     extras_require={
-        "train": ["datasets", "peft", "resvg_py", "pyyaml"],
+        "train": ["datasets", "matplotlib", "peft", "resvg_py", "pyyaml"],
         "app": ["gradio"],
-        "dev": ["matplotlib", "peft", "pytest", "pytest-xdist", "ruff", "setuptools"],
+        "dev": ["peft", "pytest", "pytest-xdist", "ruff", "setuptools"],
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],

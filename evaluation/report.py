@@ -19,7 +19,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from .judge import Judge
-from .sheet import draw_sheet
+from .pictures import samples_sheet
 
 
 class PictureRows:
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output:
         options.output.write_text(text + "\n")
     if options.sheet:
-        draw_sheet(pictures).quantize(256).save(options.sheet, optimize=True)
+        samples_sheet(pictures).quantize(256).save(options.sheet, optimize=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where the
 DELEGATED = {
     "train": ("modeling_lavit.training.run", "train one stage from its recipe file"),
     "evaluate": ("modeling_lavit.evaluation.report", "score a checkpoint on an image folder"),
+    "show": ("modeling_lavit.evaluation.show", "show training curves, codes, kept patches, reconstructions"),
     "convert": (
         "modeling_lavit.conversion.__main__",
         "turn an official checkpoint directory into one that loads",

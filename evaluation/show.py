@@ -1,0 +1,151 @@
+"""Pictures that explain a training run or a checkpoint, as PNG files: `lavit show KIND`."""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+from ..cli import Parser, _check_outputs, _load_pipeline, _load_reader, _model_source, _positive, _save, _seed
+
+
+COLOURS = 256  # of a sheet, which keeps its file small
+
+
+def build_parser() -> Parser:
+    """`parse_args(...).run(options)` returns the picture."""
+    parser = Parser(prog="lavit show", description=__doc__.splitlines()[0])
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+
+    def add(name: str, run, description: str, example: str) -> Parser:
+        kind = kinds.add_parser(
+            name,
+            help=description,
+            description=f"Shows {description}.\n\nexample:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        kind.set_defaults(run=run)
+        kind.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="PNG file to write")
+        kind.add_argument(
+            "--model",
+            metavar="PATH_OR_REPO",
+            help="checkpoint folder, or repository on the Hub (default: the embedded checkpoint lavit-emoji)",
+        )
+        return kind
+
+    kind = add(
+        "curves",
+        curves,
+        "loss, keep rate and other metrics of training runs over their steps",
+        "lavit show curves runs/tokenizer runs/tokenizer_2 -o curves.png --metrics loss keep_rate perplexity",
+    )
+    kind.add_argument("runs", nargs="+", metavar="RUN_OR_LOG", help="folders with a log.jsonl, or such files")
+    kind.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="of the log, or keep_rate: kept patches as a share of the model's; or all (default: loss and keep_rate)",
+    )
+    kind.add_argument(
+        "--smooth", type=_positive, default=1, metavar="N", help="draw the median of N records too (default: 1, none)"
+    )
+
+    def add_of_pictures(name: str, run, description: str, example: str, count: int | None, size: int) -> Parser:
+        kind = add(name, run, description, example)
+        kind.add_argument(
+            "--data", nargs="+", required=True, metavar="FOLDER_OR_IMG", help="pictures, or folders of them"
+        )
+        kind.add_argument(
+            "--count",
+            type=_positive,
+            default=count,
+            help=f"pictures, at random where there are more (default: {count or 'all'})",
+        )
+        kind.add_argument("--seed", type=_seed, default=0, help="of what is random (default: 0)")
+        kind.add_argument(
+            "--size", type=_positive, default=size, help=f"side of a picture in pixels (default: {size})"
+        )
+        kind.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
+        return kind
+
+    kind = add_of_pictures(
+        "codebook",
+        codebook,
+        "what codes stand for: the patches closest to each, with their surroundings",
+        "lavit show codebook --data data/emoji -o codes.png --top 12",
+        count=None,
+        size=70,
+    )
+    which = kind.add_mutually_exclusive_group()
+    which.add_argument("--codes", nargs="+", type=int, metavar="CODE", help="codes to show")
+    which.add_argument("--top", type=_positive, default=12, help="show this many, the most used ones (default: 12)")
+    add_of_pictures(
+        "reconstructions",
+        reconstructions,
+        "pictures beside what is drawn from their visual tokens alone",
+        "lavit show reconstructions --data data/emoji -o reconstructions.png --count 12",
+        count=12,
+        size=96,
+    )
+    kind = add_of_pictures(
+        "kept",
+        kept,
+        "pictures beside the patches of them that are kept",
+        "lavit show kept --data data/emoji -o kept.png --count 12",
+        count=12,
+        size=96,
+    )
+    kind.add_argument(
+        "--keep-ratio",
+        type=float,
+        metavar="R",
+        help="keep this share of the patches, the best ones (default: as many as the checkpoint's selector keeps)",
+    )
+    return parser
+
+
+def curves(options: argparse.Namespace) -> Image.Image:
+    """`lavit show curves`"""
+    from transformers import AutoConfig
+
+    from .curves import draw_curves, read_run, run_names
+
+    num_patches = AutoConfig.from_pretrained(_model_source(options)).visual_config.num_patches
+    runs = [read_run(source, num_patches) for source in options.runs]
+    return draw_curves(dict(zip(run_names(options.runs), runs, strict=True)), options.metrics, options.smooth)
+
+
+def codebook(options: argparse.Namespace) -> Image.Image:
+    """`lavit show codebook`"""
+    from .pictures import codebook_sheet, find_pictures
+
+    paths = find_pictures(options.data, options.count, options.seed)
+    model, processor = _load_reader(options)
+    tokenizer, prepare = model.model.visual_tokenizer, processor.image_processor
+    return codebook_sheet(tokenizer, prepare, paths, options.codes, options.top, size=options.size).quantize(COLOURS)
+
+
+def reconstructions(options: argparse.Namespace) -> Image.Image:
+    """`lavit show reconstructions`"""
+    from .pictures import find_pictures, reconstructions_sheet
+
+    paths = find_pictures(options.data, options.count, options.seed)
+    return reconstructions_sheet(_load_pipeline(options), paths, options.seed, options.size).quantize(COLOURS)
+
+
+def kept(options: argparse.Namespace) -> Image.Image:
+    """`lavit show kept`"""
+    from .pictures import find_pictures, kept_sheet
+
+    paths = find_pictures(options.data, options.count, options.seed)
+    model, processor = _load_reader(options)
+    tokenizer, prepare = model.model.visual_tokenizer, processor.image_processor
+    return kept_sheet(tokenizer, prepare, paths, options.keep_ratio, options.size).quantize(COLOURS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Makes one picture; errors are those of the command `lavit`."""
+    options = build_parser().parse_args(arguments)
+    if options.output.suffix.lower() != ".png":
+        raise ValueError(f"{options.output} has not the ending .png")
+    _check_outputs([options.output])
+    _save([options.run(options)], [options.output])
