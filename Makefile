@@ -8,12 +8,13 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test bench style
+.PHONY: help demo test bench pictures style
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
 	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
+	@echo "make pictures  set up, then draw those of training/pictures; DATA=folder for other pictures, MODEL=folder"
 	@echo "make style   set up, then check the style"
 
 demo: export OMP_NUM_THREADS ?= 1
@@ -37,6 +38,16 @@ bench: export DIFFUSERS_VERBOSITY := error
 bench: REPEATS := 5
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run --repeats $(REPEATS) --output benchmarks/results $(if $(ROWS),--only $(ROWS))
+
+pictures: export HF_HUB_OFFLINE := 1
+pictures: DATA := data/emoji
+pictures: SHOW = $(BIN)/lavit show $(1) --model $(MODEL) -o training/pictures/$(1).png
+pictures: $(INSTALLED)
+	mkdir -p training/pictures
+	$(call SHOW,codebook) --data $(DATA)
+	$(call SHOW,kept) --data $(DATA)
+	$(call SHOW,reconstructions) --data $(DATA)
+	$(call SHOW,curves) training/logs/tokenizer.jsonl --metrics loss keep_rate decided perplexity
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

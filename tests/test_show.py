@@ -1,0 +1,311 @@
+"""The command `lavit show`: curves of runs, and sheets of pictures."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_lavit import LavitConfig, LavitPipeline
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.cli import main
+from modeling_lavit.evaluation.curves import draw_curves, read_run, rolling_median, run_names
+from modeling_lavit.evaluation.pictures import (
+    BATCH_SIZE,
+    FRAME,
+    CodeUses,
+    codebook_sheet,
+    cut_out,
+    draw_sheet,
+    find_pictures,
+    find_uses,
+    kept_sheet,
+    reconstructions_sheet,
+)
+from modeling_lavit.evaluation.show import build_parser
+from modeling_lavit.processing import load_image
+from modeling_lavit.show_lavit import show_kept_patches
+
+
+PICTURES = Path(__file__).parent / "fixtures" / "emoji" / "images"
+PICTURE = PICTURES / "noto" / "cat-face.png"
+RED = tuple(bytes.fromhex(FRAME[1:]))
+CONFIG = LavitConfig.from_pretrained(LAVIT_EMOJI).visual_config
+SIDE = CONFIG.image_size // CONFIG.patch_size
+
+
+@pytest.fixture(scope="module")
+def pipe() -> LavitPipeline:
+    pipe = LavitPipeline.from_pretrained(LAVIT_EMOJI, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def paths() -> list[Path]:
+    return find_pictures([PICTURES])
+
+
+@pytest.fixture(scope="module")
+def uses(pipe, paths) -> CodeUses:
+    return find_uses(pipe.model.model.visual_tokenizer, pipe.processor.image_processor, paths)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    try:
+        return main(["show", *arguments])
+    except SystemExit as end:
+        return end.code
+
+
+def write_log(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def records(count: int, **metrics) -> list[dict]:
+    return [{"step": 10 * i, "loss": 5.0 / i, "epoch": 0.1 * i} | metrics for i in range(1, count + 1)]
+
+
+def place_of(part: Image.Image, whole: Image.Image) -> tuple[int, int] | None:
+    """Row and column where a picture lies in another, pixel for pixel."""
+    part, whole = np.asarray(part), np.asarray(whole)
+    windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)[:, :, 0]
+    for row, column in np.argwhere((windows[..., 0, 0, :] == part[0, 0]).all(-1)):
+        if np.array_equal(windows[row, column], part):
+            return int(row), int(column)
+    return None
+
+
+def test_a_log_becomes_curves_of_finite_values_with_the_keep_rate_and_without_the_summary(tmp_path):
+    log = records(3, kept=36) + [{"step": 40, "loss": 2.0, "kept": 48, "code_loss": float("nan")}]
+    write_log(tmp_path / "run" / "log.jsonl", [*log, {"step": 40, "train_runtime": 3.0, "train_loss": 9.0}])
+    curves = read_run(tmp_path / "run", num_patches=144)
+    assert set(curves) == {"loss", "kept", "keep_rate"}
+    steps, values = curves["keep_rate"]
+    assert steps.tolist() == [10, 20, 30, 40] and np.allclose(values, [0.25, 0.25, 0.25, 1 / 3])
+    assert read_run(tmp_path / "run" / "log.jsonl", 144).keys() == curves.keys()
+
+
+def test_of_a_run_that_went_on_from_a_checkpoint_the_later_records_count(tmp_path):
+    log = write_log(tmp_path / "log.jsonl", records(3) + [{"step": 20, "loss": 7.0}, {"step": 30, "loss": 8.0}])
+    steps, values = read_run(log, 144)["loss"]
+    assert steps.tolist() == [10, 20, 30] and values.tolist() == [5.0, 7.0, 8.0]
+
+
+def test_runs_have_short_names_unless_two_have_the_same():
+    assert run_names(["runs/tokenizer", "runs/again/log.jsonl", "logs/guide.jsonl"]) == ["tokenizer", "again", "guide"]
+    assert run_names(["a/tokenizer", "b/tokenizer"]) == ["a/tokenizer", "b/tokenizer"]
+
+
+def test_the_rolling_median_takes_as_many_values_as_it_says_and_fewer_at_the_ends():
+    values = np.random.default_rng(0).normal(size=20)
+    assert np.array_equal(rolling_median(values, 1), values)
+    smooth = rolling_median(values, 5)
+    assert smooth[9] == np.median(values[7:12]) and smooth[0] == np.median(values[:3])
+    assert rolling_median(values, 4)[9] == np.median(values[8:12])
+
+
+def test_runs_are_overlaid_in_their_own_colours_in_one_panel_a_metric(tmp_path):
+    first = read_run(write_log(tmp_path / "a.jsonl", records(9, kept=36)), 144)
+    second = {name: (steps, values + 0.5) for name, (steps, values) in first.items()}
+
+    def colours(picture: Image.Image) -> set:
+        return {color for _, color in picture.getcolors(1 << 20)}
+
+    blue, orange = (31, 119, 180), (255, 127, 14)
+    alone, both = draw_curves({"a": first}), draw_curves({"a": first, "b": second})
+    assert blue in colours(alone) and orange not in colours(alone)
+    assert {blue, orange} <= colours(both)
+    assert draw_curves({"a": first}, ["loss"]).width < alone.width
+    assert draw_curves({"a": first}, ["all"]).height > alone.height
+
+
+def test_curves_of_several_runs_are_written_by_the_command(here, capsys):
+    write_log(here / "a" / "log.jsonl", records(4, kept=48))
+    write_log(here / "b.jsonl", records(4, text_loss=1.5))
+    command = ("curves", "a", "b.jsonl", "-o", "curves.png", "--metrics", "loss", "text_loss", "--smooth", "3")
+    assert run(*command) == 0
+    assert capsys.readouterr().out == "curves.png\n"
+    assert Image.open("curves.png").format == "PNG"
+
+
+def test_curves_without_matplotlib_say_what_to_install(here, capsys, monkeypatch):
+    write_log(here / "a.jsonl", records(2))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.delitem(sys.modules, "modeling_lavit.evaluation.curves")
+    assert run("curves", "a.jsonl", "-o", "curves.png") == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_pictures_are_found_below_folders_and_among_many_a_choice_is_repeatable(here):
+    assert find_pictures([PICTURE]) == [PICTURE]
+    paths = find_pictures([PICTURES])
+    assert len(paths) == 55 and paths == sorted(paths)
+    some = find_pictures([PICTURES], 5, seed=1)
+    assert len(some) == 5 and set(some) < set(paths) and some == sorted(some)
+    assert some == find_pictures([PICTURES], 5, seed=1) != find_pictures([PICTURES], 5, seed=2)
+
+
+def test_a_sheet_shows_every_picture_whole_and_no_label_reaches_into_the_next_column():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255), (0, 255, 255)]
+    cells = [(f"label {i}\ntwo lines", Image.new("RGB", (40, 30), colour)) for i, colour in enumerate(colours)]
+    sheet = draw_sheet(cells, columns=2, heading="a heading that is wider than the two columns of this sheet")
+    places = [place_of(picture, sheet) for _, picture in cells]
+    rows, columns = ({place[axis] for place in places} for axis in (0, 1))
+    assert len(set(places)) == 5 and len(rows) == 3 and len(columns) == 2
+    long = draw_sheet([("wide " * 50, cells[0][1])], columns=2)
+    assert long.width < 2 * 40 and (np.asarray(long)[:, -5:] == 255).all()
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 11), (5, 6), (11, 0), (11, 11)])
+def test_a_patch_is_cut_out_with_its_surroundings_and_framed(place):
+    pixels = np.full((96, 96, 3), 255, dtype=np.uint8)
+    row, column = place
+    pixels[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = (0, 0, 255)
+    cut = np.asarray(cut_out(Image.fromarray(pixels), place, side=12, size=100)).astype(int)
+    framed = np.argwhere((cut == RED).all(-1))
+    (top, left), (bottom, right) = framed.min(0), framed.max(0)
+    inside = cut[top + 2 : bottom - 1, left + 2 : right - 1]
+    blue = (cut[..., 2] > 200) & (cut[..., 0] < 100)
+    assert 18 <= bottom - top <= 22 and 18 <= right - left <= 22
+    assert blue.sum() > 250 and blue.sum() == blue[top : bottom + 1, left : right + 1].sum()
+    assert (inside[3:-3, 3:-3, 0] < 50).all()
+
+
+def test_uses_are_the_codes_of_the_tokenizer_with_their_pictures_and_patches(pipe, paths, uses):
+    assert len(paths) > BATCH_SIZE
+    for picture in (0, BATCH_SIZE - 1, BATCH_SIZE, len(paths) - 1):
+        pixel_values = pipe.processor.image_processor(load_image(paths[picture]), return_tensors="pt").pixel_values
+        with torch.no_grad():
+            tokens = pipe.model.model.visual_tokenizer.tokenize(pixel_values)
+        chosen = uses.pictures == picture
+        assert torch.equal(uses.codes[chosen], tokens.codes)
+        assert torch.equal(uses.patches[chosen], tokens.keep_mask[0].nonzero()[:, 0])
+
+
+def test_the_patches_of_a_code_are_those_closest_to_it_the_closest_first(uses):
+    code = int(uses.codes.mode().values)
+    closeness = uses.closeness[uses.codes == code]
+    assert len(closeness) > 3
+
+    def closeness_of(picture: int, patch: int) -> float:
+        return float(uses.closeness[(uses.pictures == picture) & (uses.patches == patch)])
+
+    found = [closeness_of(*use) for use in uses.closest(code, 3)]
+    assert found == sorted(closeness.tolist(), reverse=True)[:3]
+    unused = next(code for code in range(CONFIG.codebook_size) if code not in uses.codes)
+    assert uses.closest(unused, 3) == []
+
+
+def test_the_gallery_has_a_row_for_each_code_asked_for_or_for_the_most_used(pipe, paths, uses):
+    tokenizer, prepare = pipe.model.model.visual_tokenizer, pipe.processor.image_processor
+    code = int(torch.bincount(uses.codes).argmax())
+    asked = codebook_sheet(tokenizer, prepare, paths, codes=[code], patches=2)
+    for picture, patch in uses.closest(code, 2):
+        assert place_of(cut_out(load_image(paths[picture]), divmod(patch, SIDE), SIDE, 70), asked)
+    most_used = codebook_sheet(tokenizer, prepare, paths, top=3, patches=2, columns=1)
+    assert np.array_equal(np.asarray(most_used)[: 70 + 40], np.asarray(asked)[: 70 + 40])
+    assert most_used.height > 3 * 70 > asked.height
+
+
+def test_kept_patches_are_shown_beside_the_picture_the_fewest_first(pipe):
+    tokenizer, prepare = pipe.model.model.visual_tokenizer, pipe.processor.image_processor
+    paths = find_pictures([PICTURES], 5)
+    sheet = kept_sheet(tokenizer, prepare, paths, columns=5)
+    kept = {}
+    for path in paths:
+        image = load_image(path)
+        mask = tokenizer.tokenize(prepare(image, return_tensors="pt").pixel_values).keep_mask[0]
+        row, column = place_of(show_kept_patches(image, mask, 96), sheet)
+        kept[column] = int(mask.sum())
+    counts = [kept[column] for column in sorted(kept)]
+    assert len(counts) == 5 and counts == sorted(counts) and counts[0] < counts[-1]
+
+
+def test_reconstructions_are_those_of_the_pipeline_with_a_seed_for_each(pipe):
+    paths, size = find_pictures([PICTURES], 2), pipe.default_size[0]
+    sheet = reconstructions_sheet(pipe, paths, seed=3, size=size)
+    for i, path in enumerate(paths):
+        image = load_image(path)
+        drawn = pipe.reconstruct(image, generator=torch.Generator().manual_seed(3 + i)).images[0]
+        row, column = place_of(image.resize((size, size), Image.Resampling.BICUBIC), sheet)
+        beside = sheet.crop((column + size + 2, row, column + 2 * size + 2, row + size))
+        # equal up to the rounding of a batch or another
+        assert np.abs(np.asarray(beside).astype(int) - np.asarray(drawn)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["codebook", "kept", "reconstructions"])
+def test_sheets_are_written_by_the_command(here, capsys, kind):
+    assert run(kind, "--data", str(PICTURE), str(PICTURES / "flat"), "--count", "3", "-o", "sheet.png") == 0
+    assert capsys.readouterr().out == "sheet.png\n"
+    assert Image.open("sheet.png").format == "PNG" and Image.open("sheet.png").width > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("curves", "missing", "-o", "new.png"), "there is no log of a run at missing"),
+        (("curves", "empty", "-o", "new.png"), "there is no log of a run at empty/log.jsonl"),
+        (("curves", "text.jsonl", "-o", "new.png"), "line 1 of text.jsonl is no JSON"),
+        (("curves", "list.jsonl", "-o", "new.png"), "line 1 of list.jsonl is no record of a step"),
+        (("curves", "other.jsonl", "-o", "new.png"), "other.jsonl has no step of training yet"),
+        (("curves", "many.jsonl", "-o", "new.png"), "patches, but a picture of --model has"),
+        (
+            ("curves", "run.jsonl", "-o", "new.png", "--metrics", "gain"),
+            "has the metric gain; there are: keep_rate, kept, loss",
+        ),
+        (("curves", "run.jsonl", "-o", "new.png", "--model", "empty"), "empty is no LaVIT checkpoint"),
+        (("kept", "--data", "missing", "-o", "new.png"), "there is no picture or folder at missing"),
+        (("kept", "--data", "empty", "-o", "new.png"), "there is no picture in the folder empty"),
+        (("kept", "--data", "text.jsonl", "-o", "new.png"), "text.jsonl is not an image"),
+        (("kept", "--data", str(PICTURE), "-o", "new.jpg"), "new.jpg has not the ending .png"),
+        (("kept", "--data", str(PICTURE), "-o", "nowhere/new.png"), "there is no folder nowhere"),
+        (("kept", "--data", str(PICTURE), "-o", "new.png", "--keep-ratio", "2"), "keep_ratio must be in (0, 1]"),
+        (
+            ("codebook", "--data", str(PICTURE), "-o", "new.png", "--codes", "-1"),
+            f"codes are 0 to {CONFIG.codebook_size - 1}, got -1",
+        ),
+        (("codebook", "--data", str(PICTURE), "-o", "new.png", "--codes", "7", "--top", "3"), "not allowed with"),
+        (("reconstructions", "--data", str(PICTURE), "-o", "new.png", "--count", "0"), "no positive whole number"),
+        ((), "required: KIND"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(here, capsys, arguments, message):
+    (here / "empty").mkdir()
+    (here / "text.jsonl").write_text("no record\n")
+    (here / "list.jsonl").write_text("[1]\n")
+    write_log(here / "other.jsonl", [{"file_name": "cat.png"}])
+    write_log(here / "many.jsonl", records(1, kept=CONFIG.num_patches + 1))
+    write_log(here / "run.jsonl", [{"step": 1, "loss": 1.0, "kept": 40}])
+    before = sorted(here.rglob("*"))
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.split("\n") if line and "%|" not in line]
+    assert line.startswith("lavit") and "error: " in line and message in line and captured.out == ""
+    assert sorted(here.rglob("*")) == before
+
+
+def test_every_kind_teaches_itself_by_an_example_that_parses(capsys):
+    assert run("--help") == 0
+    kinds = re.findall(r"^    (\w+)", capsys.readouterr().out, re.M)
+    assert set(kinds) >= {"curves", "codebook", "reconstructions", "kept"}
+    for kind in ("curves", "codebook", "reconstructions", "kept"):
+        assert run(kind, "--help") == 0
+        example = capsys.readouterr().out.split("example:\n")[1].splitlines()[0].strip()
+        assert example.startswith(f"lavit show {kind}")
+        assert build_parser().parse_args(shlex.split(example)[2:]).kind == kind
