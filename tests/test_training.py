@@ -54,6 +54,7 @@ def stages(tmp_path_factory) -> dict[str, Path]:
         f"tokenizer={done['tokenizer']}",
         "start=null",
         "text_model.num_hidden_layers=1",
+        "mixture={caption: 0.5, draw: 0.3, restyle: 0.2}",
     )
     smaller = ["unet.block_out_channels=[32, 32]", "unet.attention_head_dim=[2, 2]"]
     done["features"] = train(
@@ -175,6 +176,12 @@ def test_an_unknown_override_is_refused():
         load_recipe(str(RECIPES / "tokenizer.yaml"), ["model.hiden_size=3"])
     with pytest.raises(ValueError, match="key=value"):
         load_recipe(str(RECIPES / "tokenizer.yaml"), ["model"])
+
+
+@pytest.mark.parametrize("number", ["8e-4", "8.0e-4", "0.0008"])
+def test_numbers_with_an_exponent_are_numbers(number):
+    recipe = load_recipe(str(RECIPES / "tokenizer.yaml"), [f"training_arguments.learning_rate={number}"])
+    assert recipe["training_arguments"]["learning_rate"] == 0.0008
 
 
 def test_the_codebook_follows_its_vectors_and_revives_dead_codes():

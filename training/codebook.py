@@ -59,6 +59,11 @@ class EMACodebook(nn.Module):
         self.sums.copy_(codebook * self.counts[:, None])
         self.started.fill_(True)
 
+    def follow(self, codebook: torch.Tensor) -> None:
+        """Goes on from a codebook that was trained before, (K, D) unit vectors."""
+        self.sums.copy_(codebook)
+        self.started.fill_(True)
+
     @torch.no_grad()
     def update(self, vectors: torch.Tensor, codes: torch.Tensor, codebook: torch.Tensor) -> None:
         """Moves the codebook after a batch: vectors (M, D) and the codes (M,) they chose, on each rank its own."""

@@ -5,9 +5,11 @@ import random
 import torch
 import torch.nn.functional as F
 from datasets import load_dataset
+from torch.utils.data import default_collate
 
 from ..configuration_lavit import IMAGE_MEAN, IMAGE_STD
 from ..processing import LavitImageProcessor
+from .sources import load_source
 
 
 class PictureDataset(torch.utils.data.Dataset):
@@ -80,22 +82,23 @@ class SampleNoise:
 
     def __init__(self, positions: torch.Tensor, step: int, seed: int = 0):
         self.positions, self.step, self.seed = positions, step, seed
+        self.device = positions.device
         self.generators = [
             torch.Generator().manual_seed(random.Random(f"{seed} {step} {position}").getrandbits(62))
             for position in positions.tolist()
         ]
 
     def of(self, samples: torch.Tensor) -> "SampleNoise":
-        """The noise of some samples, a mask (B,), from its start."""
+        """The noise of some samples, a mask (B,) or indices (P,), from its start."""
         return SampleNoise(self.positions[samples], self.step, self.seed)
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """(B, *shape) in [0, 1)."""
-        return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators])
+        return torch.stack([torch.rand(shape, generator=generator) for generator in self.generators]).to(self.device)
 
     def normal(self, *shape: int) -> torch.Tensor:
         """(B, *shape), standard normal."""
-        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators]).to(self.device)
 
 
 def augment(
@@ -121,7 +124,7 @@ def augment(
         (B, 3, S, S) in [0, 1].
     """
     batch = len(pictures)
-    uniform = noise.uniform(10).to(pictures.device)
+    uniform = noise.uniform(10)
     centred = uniform * 2 - 1
     active = (uniform[:, 0] < share).float()
     zoom = 1 + scale * centred[:, 1:3] * active[:, None]
@@ -151,6 +154,15 @@ def patchify(pictures: torch.Tensor, patch_size: int) -> torch.Tensor:
     return F.pixel_unshuffle(pictures, patch_size).flatten(2).transpose(1, 2)
 
 
-def load_pictures(data: dict, image_size: int) -> PictureDataset:
-    """The pictures of a recipe's `data` section."""
+def collate_pictures(items: list[dict]) -> dict[str, torch.Tensor]:
+    """Batches what the stages of pictures alone take: positions, pictures, names and styles where there are any."""
+    keys = [key for key in ("position", "pictures", "name", "style") if key in items[0]]
+    return default_collate([{key: item[key] for key in keys} for item in items])
+
+
+def load_pictures(data: dict, image_size: int):
+    """The pictures of a recipe's `data` section: a [`PictureDataset`] of its `folder`, or what [`load_source`] makes
+    of its `source`."""
+    if "source" in data:
+        return load_source(data, image_size)
     return PictureDataset(data["folder"], image_size, tuple(data["splits"]), data["repeat"])

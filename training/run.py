@@ -10,16 +10,18 @@ import gc
 import importlib
 import json
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import SampleNoise
+from .data import SampleNoise, collate_pictures
 from .distributed import alone, gather_metrics
+from .sources import stream_loader
 
 
 STAGES = {
@@ -31,6 +33,15 @@ STAGES = {
 }
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number, as everyone means it."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 class StageTrainer(Trainer):
     """A `Trainer` for models whose forward takes a batch, its [`SampleNoise`] and the `progress` of the run from 0 to
     1, and returns `{"loss": (), "metrics": {name: ()}}`; metrics are averaged into the log."""
@@ -38,6 +49,11 @@ class StageTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.running_metrics = defaultdict(list)
+
+    def get_train_dataloader(self):
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            return stream_loader(self.train_dataset, self.args, self.data_collator)
+        return super().get_train_dataloader()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -65,7 +81,7 @@ class JsonLinesCallback(TrainerCallback):
 
 def load_recipe(path: str, overrides: list[str]) -> dict:
     """Reads a recipe and applies `a.b=value` overrides (values are YAML). Unknown keys are an error."""
-    recipe = yaml.safe_load(Path(path).read_text())
+    recipe = yaml.load(Path(path).read_text(), RecipeLoader)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -78,7 +94,7 @@ def load_recipe(path: str, overrides: list[str]) -> dict:
             node = node[parent]
         if leaf not in node and parents[:1] != ["training_arguments"]:
             raise ValueError(f"the recipe {path} has no key {key!r}; known here: {sorted(node)}")
-        node[leaf] = yaml.safe_load(value)
+        node[leaf] = yaml.load(value, RecipeLoader)
     return recipe
 
 
@@ -100,7 +116,7 @@ def run(stage: str, recipe: dict) -> None:
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=getattr(dataset, "collate", default_data_collator),
+        data_collator=getattr(dataset, "collate", collate_pictures),
         callbacks=[JsonLinesCallback(), *callbacks],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))

@@ -17,6 +17,8 @@ QUESTIONS = {
     "style": ("which style is this?", "what style is it?"),
     "name": ("what is it?", "what is this?"),
 }
+# What a text tokenizer gets above its own ids.
+VISUAL_TOKENS = {"boi_token": "[IMG]", "eoi_token": "[/IMG]"}
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 
 
@@ -43,10 +45,7 @@ def train_text_tokenizer(sentences: Iterable[str], vocab_size: int, model_max_le
         pad_token="</s>",
         padding_side="left",
         model_max_length=model_max_length,
-        extra_special_tokens={
-            "boi_token": AddedToken("[IMG]", special=True),
-            "eoi_token": AddedToken("[/IMG]", special=True),
-        },
+        extra_special_tokens={key: AddedToken(token, special=True) for key, token in VISUAL_TOKENS.items()},
     )
 
 

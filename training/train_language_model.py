@@ -1,128 +1,39 @@
 """Stage 2: the language model learns to read and to draw by next-token prediction (paper section 3.2).
 
-Each sample is drawn at random among captions and questions (`[image, text]`, the image as continuous features),
-drawing from text (`[text; image]`, the image as codes), and drawing from an image and text. The visual tokenizer is
-frozen; the understanding side has a merger of its own, which starts from the tokenizer's and is trained. A share of
-the drawing prompts is dropped, which trains the unconditional stream of guidance, the single token `[IMG]`.
+Each sample is drawn at random among tasks, by the probabilities of the recipe's mixture: captions and questions
+(`[image, text]`, the image as continuous features), drawing (`[text; image]`, the image as codes), text alone,
+instructions; see `samples.py`. The visual tokenizer is frozen; the understanding side has a merger of its own, which
+starts from the tokenizer's. A share of the drawing prompts is dropped, which trains the unconditional stream of
+guidance, the single token `[IMG]`.
+
+The language model is new (`text_model`), a pretrained one of Llama's shape (`language_model`), or that of a LaVIT
+checkpoint (`start`); all of it is trained, or low-rank adapters (`lora`, arguments of `peft.LoraConfig`).
 """
 
-import random
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import GenerationConfig, LlamaConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from ..configuration_lavit import LavitConfig
+from ..configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
 from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitImageProcessor, LavitProcessor
+from ..prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
 from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures
 from .distributed import ragged_mean
-from .text import drawing_prompt, question_prompt, restyling_prompt, sentences, train_text_tokenizer
+from .packing import pack
+from .regression import RegressionHead
+from .samples import PictureSamples, SourceSampleList, SourceSamples, SourceSampleStream
+from .sources import SourceStream, load_source
+from .text import VISUAL_TOKENS, sentences, train_text_tokenizer
 
 
-class PictureSamples(torch.utils.data.Dataset):
-    """Draws a task for each picture anew in every epoch, the same one for the same seed, epoch and position.
-
-    Items are `{"position": int, "ids": list, "labels": list, "pictures": (3, S, S) uint8 or None}`; a picture that is
-    read is a slot.
-
-    Args:
-        pictures: of one split.
-        codes: each picture's visual codes.
-        processor: of the model.
-        mixture: probabilities of `caption`, `style_question`, `name_question`, `draw`, `restyle`.
-        prompt_dropout: share of drawing prompts that are dropped.
-        seed: of the run.
-    """
-
-    def __init__(
-        self,
-        pictures: PictureDataset,
-        codes,
-        processor: LavitProcessor,
-        mixture: dict,
-        prompt_dropout: float,
-        seed: int = 0,
-    ):
-        self.pictures, self.codes, self.processor = pictures, codes, processor
-        self.tasks, self.probabilities = list(mixture), list(mixture.values())
-        self.prompt_dropout = prompt_dropout
-        self.seed, self.epoch = seed, 0
-        self.same_name = defaultdict(list)
-        for index, name in enumerate(pictures.name.tolist()):
-            self.same_name[name].append(index)
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer's data loader before each epoch."""
-        self.epoch = epoch
-
-    def text_ids(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def image_ids(self, index: int) -> list[int]:
-        """`codes [/IMG]` of a picture, as ids."""
-        return [code + self.processor.visual_offset for code in self.codes[index].tolist()] + [
-            self.processor.eoi_token_id
-        ]
-
-    def __getitem__(self, position: int) -> dict:
-        index = self.pictures.order[position]
-        draw = random.Random(f"{self.seed} {self.epoch} {position}")
-        task = draw.choices(self.tasks, self.probabilities)[0]
-        name = self.pictures.names[self.pictures.name[index]]
-        style = self.pictures.styles[self.pictures.style[index]]
-        boi, eos = self.processor.boi_token_id, self.processor.tokenizer.eos_token_id
-        if task in ("draw", "restyle"):
-            sources = [i for i in self.same_name[int(self.pictures.name[index])] if i != index]
-            if task == "restyle" and sources:
-                prompt = [boi, *self.image_ids(draw.choice(sources)), *self.text_ids(restyling_prompt(draw, style))]
-            else:
-                prompt = self.text_ids(drawing_prompt(draw, name, style))
-            if draw.random() < self.prompt_dropout:
-                prompt, target = [boi], self.image_ids(index)
-            else:
-                target = [boi, *self.image_ids(index)]
-            ids, labels = prompt + target + [eos], [IGNORED_LABEL] * len(prompt) + target + [eos]
-            return {"position": position, "ids": ids, "labels": labels, "pictures": None}
-        question, answer = {
-            "caption": ("", name),
-            "style_question": (question_prompt(draw, "style"), style),
-            "name_question": (question_prompt(draw, "name"), name),
-        }[task]
-        prompt = [boi, self.processor.eoi_token_id, *(self.text_ids(question) if question else [])]
-        answer_ids = [*self.text_ids(answer), eos]
-        labels = [IGNORED_LABEL] * len(prompt) + answer_ids
-        return {
-            "position": position,
-            "ids": prompt + answer_ids,
-            "labels": labels,
-            "pictures": self.pictures.pictures[index],
-        }
-
-    @staticmethod
-    def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-        """Right-padded ids, labels, mask; the pictures that are read, in order, and which samples read one."""
-        longest = max(len(item["ids"]) for item in items)
-        batch = {
-            "position": torch.tensor([item["position"] for item in items]),
-            "input_ids": torch.zeros(len(items), longest, dtype=torch.long),
-            "labels": torch.full((len(items), longest), IGNORED_LABEL),
-            "attention_mask": torch.zeros(len(items), longest, dtype=torch.long),
-        }
-        for row, item in enumerate(items):
-            batch["input_ids"][row, : len(item["ids"])] = torch.tensor(item["ids"])
-            batch["labels"][row, : len(item["ids"])] = torch.tensor(item["labels"])
-            batch["attention_mask"][row, : len(item["ids"])] = 1
-        batch["reads"] = torch.tensor([item["pictures"] is not None for item in items])
-        pictures = [item["pictures"] for item in items if item["pictures"] is not None]
-        return batch | {"pictures": torch.stack(pictures) if pictures else None}
+VISUAL_LOSSES = ("classification", "regression")
 
 
 class LanguageModelTraining(nn.Module):
@@ -130,9 +41,28 @@ class LanguageModelTraining(nn.Module):
 
     def __init__(self, model: LavitForConditionalGeneration, recipe: dict):
         super().__init__()
-        self.model = model
         self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
-        self.model.model.visual_tokenizer.requires_grad_(False)
+        self.wrapped = get_peft_model(model, LoraConfig(**recipe["lora"])) if recipe["lora"] else model
+        model.model.visual_tokenizer.requires_grad_(False)
+        model.model.understanding.requires_grad_(recipe["train_understanding"])
+        if self.recipe["visual_loss"] not in VISUAL_LOSSES:
+            raise ValueError(
+                f"objective.visual_loss must be one of {VISUAL_LOSSES}, got {self.recipe['visual_loss']!r}"
+            )
+        self.regression_head = None
+        if self.recipe["visual_loss"] == "regression":
+            self.regression_head = RegressionHead(
+                model.config.text_config.hidden_size, model.config.visual_config.codebook_dim
+            )
+
+    @property
+    def model(self) -> LavitForConditionalGeneration:
+        """The model, with its adapters in it where there are some."""
+        return self.wrapped.get_base_model() if isinstance(self.wrapped, PeftModel) else self.wrapped
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """Called by the trainer where its arguments ask for it."""
+        self.model.gradient_checkpointing_enable(**kwargs)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -147,91 +77,256 @@ class LanguageModelTraining(nn.Module):
         others = vocabulary.visual_offset + (uniform[..., 1] * vocabulary.codebook_size).long()
         return torch.where(chosen, others, input_ids)
 
-    def forward(self, input_ids, labels, attention_mask, pictures, reads, noise: SampleNoise, progress: float):
-        model = self.model
-        offset = model.config.vocabulary.visual_offset
-        input_ids = self.corrupt(input_ids, labels, noise)
-        embeds = None
-        if pictures is not None:
-            pixels = normalize_pictures(augment(pictures.float() / 255, noise.of(reads), **self.augmentation))
-            expanded = model.model.expand_inputs(input_ids, pixels, attention_mask, labels, padding_side="right")
-            embeds, attention_mask, labels = expanded.inputs_embeds, expanded.attention_mask, expanded.labels
-        else:
-            embeds = model.get_input_embeddings()(input_ids)
+    def insert_codes(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixels: torch.Tensor,
+        drawn: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Fills the slots of drawn pictures, those of `pixels` (P, 3, S, S) where `drawn` (P,), with the ids of their
+        codes, which have a loss where the slot's `[/IMG]` has one."""
+        vocabulary = self.model.config.vocabulary
+        rows, label_rows = unpad(input_ids, attention_mask), unpad(labels, attention_mask)
+        slots = find_slots(rows, vocabulary)
+        check_slots(slots, len(pixels))
+        codes = iter(self.model.get_image_tokens(pixels[drawn]).split())
+        nothing = input_ids.new_zeros(0)
+        fills = [next(codes) + vocabulary.visual_offset if is_drawn else nothing for is_drawn in drawn.tolist()]
+        ends = [label[start + 1] for label, starts in zip(label_rows, slots, strict=True) for start in starts]
+        label_fills = [
+            torch.full_like(ids, IGNORED_LABEL) if end == IGNORED_LABEL else ids
+            for ids, end in zip(fills, ends, strict=True)
+        ]
+        input_ids, attention_mask = pad(fill_slots(rows, slots, fills), vocabulary.visual_offset, "right")
+        labels, _ = pad(fill_slots(label_rows, slots, label_fills), IGNORED_LABEL, "right")
+        return input_ids, labels, attention_mask
+
+    def states(
+        self, embeds: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Right-padded (B, L, …) to the hidden states (M, E) that predict something, and what, (M,)."""
+        language_model = self.model.model.language_model
+        if self.recipe["packing"]:
+            embeds, positions, labels, mask = pack(
+                embeds, attention_mask, labels, self.recipe["packing"], IGNORED_LABEL
+            )
+            states = language_model(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions
+            ).last_hidden_state
+            labelled = labels[:, 1:] != IGNORED_LABEL
+            return states[:, :-1][labelled], labels[:, 1:][labelled]
         hidden, targets = [], []
         lengths = attention_mask.sum(1)
         for rows in lengths.argsort().chunk(self.recipe["length_groups"]):  # rows of like length: little padding
             kept = slice(int(lengths[rows].max()))
-            states = model.model.language_model(
+            states = language_model(
                 inputs_embeds=embeds[rows, kept], attention_mask=attention_mask[rows, kept]
             ).last_hidden_state
             labelled = labels[rows, kept][:, 1:] != IGNORED_LABEL
             hidden.append(states[:, :-1][labelled])
             targets.append(labels[rows, kept][:, 1:][labelled])
-        targets = torch.cat(targets)
-        losses = F.cross_entropy(model.lm_head(torch.cat(hidden)).float(), targets, reduction="none")
-        is_text = targets < model.config.text_vocab_size
+        return torch.cat(hidden), torch.cat(targets)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pictures: torch.Tensor | None,
+        owner: torch.Tensor,
+        drawn: torch.Tensor,
+        noise: SampleNoise,
+        progress: float,
+    ):
+        model = self.model
+        offset = model.config.vocabulary.visual_offset
+        if pictures is not None:
+            pixels = normalize_pictures(augment(pictures.float() / 255, noise.of(owner), **self.augmentation))
+            if drawn.any():
+                input_ids, labels, attention_mask = self.insert_codes(input_ids, labels, attention_mask, pixels, drawn)
+                pixels = pixels[~drawn]
+        input_ids = self.corrupt(input_ids, labels, noise)
+        if pictures is not None and len(pixels):
+            expanded = model.model.expand_inputs(input_ids, pixels, attention_mask, labels, padding_side="right")
+            embeds, attention_mask, labels = expanded.inputs_embeds, expanded.attention_mask, expanded.labels
+        else:
+            embeds = model.get_input_embeddings()(input_ids)
+        hidden, targets = self.states(embeds, attention_mask, labels)
+        is_text, is_code = targets < model.config.text_vocab_size, targets >= offset
+        if self.regression_head is not None:
+            codes, targets = (
+                targets[is_code] - offset,
+                targets.masked_fill(is_code, model.config.vocabulary.boi_token_id),
+            )
+        losses = F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
+        if self.regression_head is not None:
+            vectors = model.model.visual_tokenizer.quantizer.codebook.weight[codes]
+            losses = losses.index_put((is_code,), self.regression_head.loss(hidden[is_code], vectors), accumulate=True)
         weights = torch.where(is_text, self.recipe["text_weight"], 1.0)
-        metrics = {"code_loss": losses[targets >= offset].mean().detach()}
-        if bool(is_text.any()):
-            metrics["text_loss"] = losses[is_text].mean().detach()
+        kinds = {"code_loss": is_code, "text_loss": is_text}
+        metrics = {key: losses[kind].mean().detach() for key, kind in kinds.items() if kind.any()}
         return {"loss": ragged_mean(losses, weights), "metrics": metrics}
 
 
 @torch.no_grad()
-def tokenize_all(tokenizer: LavitVisualTokenizer, pictures: PictureDataset) -> list[torch.Tensor]:
-    """The codes of every picture."""
-    codes = []
-    for batch in pictures.pictures.split(64):
-        codes += tokenizer.tokenize(normalize_pictures(batch.float() / 255)).split()
+def tokenize_all(
+    tokenizer: LavitVisualTokenizer, pictures: PictureDataset, views: dict, seed: int
+) -> list[list[torch.Tensor]]:
+    """The codes of every picture and of `views["number"]` augmented views of it: of few pictures alone a language
+    model learns the sequences by heart.
+
+    Args:
+        views: `number`, and the arguments of [`augment`].
+    """
+    augmentation = {key: value for key, value in views.items() if key != "number"}
+    codes = [[] for _ in pictures.pictures]
+    for view in range(views["number"] + 1):
+        for rows in torch.arange(len(codes)).split(64):
+            pixels = pictures.pictures[rows].float() / 255
+            if view:
+                pixels = augment(pixels, SampleNoise(rows, view, seed), **augmentation)
+            for row, own in zip(rows.tolist(), tokenizer.tokenize(normalize_pictures(pixels)).split(), strict=True):
+                codes[row].append(own)
     return codes
 
 
-def build(recipe: dict):
-    visual_tokenizer = LavitVisualTokenizer.from_pretrained(
-        Path(recipe["tokenizer"]) / "visual_tokenizer", attn_implementation="eager"
-    )
+def new_model(
+    recipe: dict, visual_tokenizer: LavitVisualTokenizer, texts: list[str] | None
+) -> tuple[LavitForConditionalGeneration, LavitProcessor]:
+    """A model around a visual tokenizer, and its processor: with a pretrained language model, whose embeddings grow by
+    the visual ids, or with a new one, whose text tokenizer is trained on `texts`.
+
+    Raises:
+        ValueError: the recipe names neither, or both; or there are no texts.
+    """
+    if (recipe["language_model"] is None) == (recipe["text_model"] is None):
+        raise ValueError(
+            "the recipe needs either language_model (a pretrained one) or text_model (sizes of a new one)"
+        )
     visual_config = visual_tokenizer.config
-    pictures = load_pictures(recipe["data"], visual_config.image_size)
-    text_config = LlamaConfig(**recipe["text_model"])
-    text_tokenizer = train_text_tokenizer(
-        sentences(pictures.names, pictures.styles), recipe["text_vocab_size"], text_config.max_position_embeddings
-    )
+    pretrained = None
+    if recipe["language_model"]:
+        pretrained = AutoModelForCausalLM.from_pretrained(recipe["language_model"], dtype=torch.float32)
+        text_tokenizer = AutoTokenizer.from_pretrained(
+            recipe["language_model"],
+            padding_side="left",
+            extra_special_tokens={key: AddedToken(token, special=True) for key, token in VISUAL_TOKENS.items()},
+        )
+        if text_tokenizer.pad_token is None:
+            text_tokenizer.pad_token = text_tokenizer.eos_token
+        text_config = pretrained.config
+    else:
+        if texts is None:
+            raise ValueError(
+                "text_model needs pictures with name and style; other data need a pretrained language_model"
+            )
+        text_config = LlamaConfig(**recipe["text_model"])
+        text_tokenizer = train_text_tokenizer(texts, recipe["text_vocab_size"], text_config.max_position_embeddings)
     size = {"height": visual_config.image_size, "width": visual_config.image_size}
     processor = LavitProcessor(
         LavitImageProcessor(size=size), text_tokenizer, codebook_size=visual_config.codebook_size
     )
-    text_vocab_size = processor.boi_token_id
-    text_config.vocab_size = processor.visual_offset + visual_config.codebook_size
-    text_config.eos_token_id = text_tokenizer.eos_token_id
-    text_config.bos_token_id = text_tokenizer.bos_token_id
-    text_config.pad_token_id = text_tokenizer.pad_token_id
-    config = LavitConfig(text_config=text_config, visual_config=visual_config, text_vocab_size=text_vocab_size)
-    model = LavitForConditionalGeneration._from_config(config, attn_implementation="eager")
+    needed = processor.visual_offset + visual_config.codebook_size
+    if pretrained is not None:
+        pretrained.resize_token_embeddings(max(needed, text_config.vocab_size))
+    else:
+        text_config.vocab_size = needed
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        setattr(text_config, key, getattr(text_tokenizer, key))
+    config = LavitConfig(
+        text_config=text_config,
+        visual_config=visual_config,
+        text_vocab_size=processor.boi_token_id,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+    )
+    model = LavitForConditionalGeneration._from_config(config, attn_implementation=recipe["attn_implementation"])
+    if pretrained is not None:
+        model.model.language_model.load_state_dict(pretrained.model.state_dict())
+        model.lm_head.load_state_dict(pretrained.lm_head.state_dict())
     model.model.understanding.merger.load_state_dict(visual_tokenizer.merger.state_dict())
-    if recipe["start"]:
-        model.load_state_dict(LavitForConditionalGeneration.from_pretrained(recipe["start"]).state_dict())
-    model.model.visual_tokenizer.load_state_dict(visual_tokenizer.state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=text_tokenizer.bos_token_id,
         eos_token_id=text_tokenizer.eos_token_id,
         pad_token_id=text_tokenizer.pad_token_id,
-        generation_presets=recipe["generation_presets"],
     )
-    codes = tokenize_all(visual_tokenizer, pictures)
-    dataset = PictureSamples(
-        pictures,
-        codes,
-        processor,
-        recipe["mixture"],
-        recipe["objective"]["prompt_dropout"],
-        recipe["training_arguments"].get("seed", 42),
-    )
-    return LanguageModelTraining(model, recipe), dataset, []
+    return model, processor
+
+
+def build_model(recipe: dict, texts: list[str] | None) -> tuple[LavitForConditionalGeneration, LavitProcessor]:
+    """The recipe's `start`, with the visual tokenizer of `tokenizer` in it if that is named too; else [`new_model`].
+
+    Raises:
+        ValueError: the two do not fit.
+    """
+    visual_tokenizer = None
+    if recipe["tokenizer"]:
+        folder = Path(recipe["tokenizer"])
+        visual_tokenizer = LavitVisualTokenizer.from_pretrained(folder / "visual_tokenizer", dtype=torch.float32)
+    if recipe["start"]:
+        model = LavitForConditionalGeneration.from_pretrained(
+            recipe["start"], dtype=torch.float32, attn_implementation=recipe["attn_implementation"]
+        )
+        processor = LavitProcessor.from_pretrained(recipe["start"])
+    else:
+        model, processor = new_model(recipe, visual_tokenizer, texts)
+    if visual_tokenizer is not None:
+        own, given = model.config.visual_config, visual_tokenizer.config
+        for key in ("image_size", "patch_size", "hidden_size", "codebook_size", "codebook_dim", "stem"):
+            if getattr(own, key) != getattr(given, key):
+                raise ValueError(
+                    f"start and tokenizer have different {key}: {getattr(own, key)}, {getattr(given, key)}"
+                )
+        model.model.visual_tokenizer.load_state_dict(visual_tokenizer.state_dict())
+    model.model.visual_tokenizer.eval()  # it is frozen, its statistics too
+    model.generation_config.generation_presets = recipe["generation_presets"]
+    return model, processor
+
+
+def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, processor: LavitProcessor):
+    """The data set of samples that the recipe's `mixture` describes."""
+    seed = recipe["training_arguments"].get("seed", 42)
+    dropout = recipe["objective"]["prompt_dropout"]
+    if isinstance(pictures, PictureDataset):
+        codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
+        return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed)
+    size = model.config.visual_config.image_size
+    others = [load_source(recipe[key], size) if recipe[key] else None for key in ("text_data", "instruction_data")]
+    if any(isinstance(other, SourceStream) for other in others):
+        raise ValueError("rows of text_data and instruction_data are drawn at random: they cannot be streamed")
+    kind: type[SourceSamples] = SourceSampleStream if isinstance(pictures, SourceStream) else SourceSampleList
+    return kind(pictures, processor, recipe["mixture"], dropout, recipe["images_per_sample"], *others, seed)
+
+
+def picture_size(recipe: dict) -> int:
+    """The side in pixels of the pictures that the recipe's visual tokenizer takes.
+
+    Raises:
+        ValueError: the recipe names none.
+    """
+    if recipe["tokenizer"]:
+        return LavitVisualTokenizerConfig.from_pretrained(Path(recipe["tokenizer"]) / "visual_tokenizer").image_size
+    if recipe["start"]:
+        return LavitConfig.from_pretrained(recipe["start"]).visual_config.image_size
+    raise ValueError("the recipe needs a tokenizer (result of stage 1) or a start (a LaVIT checkpoint)")
+
+
+def build(recipe: dict):
+    pictures = load_pictures(recipe["data"], picture_size(recipe))
+    texts = sentences(pictures.names, pictures.styles) if isinstance(pictures, PictureDataset) else None
+    model, processor = build_model(recipe, texts)
+    return LanguageModelTraining(model, recipe), build_samples(recipe, pictures, model, processor), []
 
 
 @torch.no_grad()
-def finish(model: LanguageModelTraining, dataset: PictureSamples, recipe: dict, output: Path) -> None:
-    """Writes model and processor."""
-    model.model.save_pretrained(output)
-    dataset.processor.save_pretrained(output)
+def finish(model: LanguageModelTraining, dataset, recipe: dict, output: Path) -> None:
+    """Writes model and processor; adapters by themselves, and merged into the model."""
+    whole = model.model
+    if isinstance(model.wrapped, PeftModel):
+        model.wrapped.save_pretrained(output / "adapter")
+        whole = model.wrapped.merge_and_unload()
+    whole.save_pretrained(output)
+    dataset.sequences.processor.save_pretrained(output)
+    if model.regression_head is not None:
+        model.regression_head.save(output)

@@ -2,10 +2,11 @@
 
 The encoder is frozen. Loss: `1 - cos` between the encoder's features and those that the decoder rebuilds from the
 kept tokens, plus `rate_weight · (keep_rate - mean keep)²`; first without quantization, then with it (EMA codebook
-started by k-means). Around it stand the terms that a small data set needs, each with its weight in the recipe:
-linear pixels, name and style read off the rebuilt features by the frozen heads of stage 0; a local term, by which
-each code must tell its own patch and place; a lookup term, by which some heads of the decoder learn to find the codes
-of near patches; and a saliency term, which starts the selector on patches with detail and makes it decisive.
+started by k-means). Around it stand the terms that a small data set needs, each with its weight in the recipe, 0 for
+the paper's loss: linear pixels, name and style read off the rebuilt features by the frozen heads of stage 0; a local
+term, by which each code must tell its own patch and place; a lookup term, by which some heads of the decoder learn to
+find the codes of near patches; and a saliency term, which starts the selector on patches with detail and makes it
+decisive.
 """
 
 import json
@@ -50,6 +51,16 @@ def sinusoid(positions: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def ramped(progress: float, until: float) -> float:
+    """From 0 to 1 over the share `until` of a run; 1 throughout where it is 0."""
+    return min(1.0, progress / until) if until else 1.0
+
+
+def begun(progress: float, start: float | None) -> bool:
+    """Whether a run has come to the share `start` of itself; never, where it is None."""
+    return start is not None and progress >= start
+
+
 def saliency(pictures: torch.Tensor, patch_size: int) -> torch.Tensor:
     """Detail of each patch, (B, N): the mean gradient of its pixels. pictures: (B, 3, S, S) in [0, 1]."""
     padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
@@ -65,8 +76,8 @@ class VisualTokenizerTraining(nn.Module):
         self,
         tokenizer: LavitVisualTokenizer,
         detokenizer: LavitDetokenizer,
-        heads: PictureHeads,
-        names: torch.Tensor,
+        heads: PictureHeads | None,
+        names: torch.Tensor | None,
         recipe: dict,
     ):
         super().__init__()
@@ -78,7 +89,8 @@ class VisualTokenizerTraining(nn.Module):
         self.tokenizer.encoder.requires_grad_(False)
         self.tokenizer.quantizer.codebook.requires_grad_(False)
         self.detokenizer.codebook.requires_grad_(False)
-        self.heads.requires_grad_(False)
+        if heads is not None:
+            self.heads.requires_grad_(False)
         width, dim = config.hidden_size, config.codebook_dim
         self.local_head = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width + 6))
         self.codebook = EMACodebook(
@@ -107,7 +119,7 @@ class VisualTokenizerTraining(nn.Module):
 
     def keep_rate(self, progress: float) -> float:
         """The target share of kept patches: linear from `keep_start` to `keep_rate` over `keep_ramp` of the run."""
-        ramp = min(1.0, progress / self.recipe["keep_ramp"])
+        ramp = ramped(progress, self.recipe["keep_ramp"])
         return self.recipe["keep_start"] + ramp * (self.recipe["keep_rate"] - self.recipe["keep_start"])
 
     def lookup_loss(self, places: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -122,7 +134,7 @@ class VisualTokenizerTraining(nn.Module):
         """
         side = self.config.image_size // self.config.patch_size
         axis = torch.arange(side, dtype=torch.float32)
-        queries = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
+        queries = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).to(places.device)
         distance = torch.cdist(queries.expand(len(places), -1, -1), places).square()
         target = (-distance / 2).masked_fill(~valid[:, None], -torch.inf).softmax(-1)[:, None]
         losses = []
@@ -135,7 +147,7 @@ class VisualTokenizerTraining(nn.Module):
     def quantize(self, projected: torch.Tensor, progress: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Unit vectors (M, D) to what the decoder sees and the codes; both phases of the recipe."""
         codebook = self.tokenizer.quantizer.codebook.weight
-        if progress < self.recipe["quantize_from"]:
+        if not begun(progress, self.recipe["quantize_from"]):
             self.recent.append(projected.detach())
             return projected, None
         if not self.codebook.started:
@@ -147,16 +159,12 @@ class VisualTokenizerTraining(nn.Module):
             self.codebook.update(projected.detach(), codes, codebook)
         return projected + (quantized - projected).detach(), codes
 
-    def forward(self, pictures, name, style, noise: SampleNoise | None = None, progress: float = 1.0):
-        weights = self.recipe["weights"]
-        name = self.names[name]
-        pictures = pictures.float() / 255
-        if self.training:
-            pictures = augment(pictures, noise, **self.augmentation)
-        with torch.no_grad():
-            features = self.tokenizer.encode_patches(normalize_pictures(pictures)).float()
-            target = F.layer_norm(features, features.shape[-1:])
-        log_probs = self.tokenizer.selector(features)
+    def choose(self, log_probs: torch.Tensor, noise: SampleNoise | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (B, N, 2) to the patches that are kept, (B, N) ones and zeros, and the same with the
+        gradient of the Gumbel-softmax (straight-through); in evaluation the more probable choice, without noise."""
+        if self.config.selection == "all":
+            hard = torch.ones_like(log_probs[..., 0])
+            return hard, hard
         if self.training:
             uniform = noise.uniform(*log_probs.shape[1:]).clamp_min(1e-10)
             soft = (log_probs - (-uniform.log()).log()).softmax(-1)[..., 0]
@@ -164,24 +172,33 @@ class VisualTokenizerTraining(nn.Module):
             soft = log_probs[..., 0].exp()
         hard = (soft >= 0.5).float()
         hard = torch.maximum(hard, F.one_hot(soft.argmax(1), hard.shape[1]).float())
-        mask = hard - soft.detach() + soft
+        return hard, hard - soft.detach() + soft
+
+    def forward(self, pictures, name=None, style=None, noise: SampleNoise | None = None, progress: float = 1.0):
+        weights = self.recipe["weights"]
+        pictures = pictures.float() / 255
+        if self.training:
+            pictures = augment(pictures, noise, **self.augmentation)
+        with torch.no_grad():
+            features = self.tokenizer.encode_patches(normalize_pictures(pictures)).float()
+            target = F.layer_norm(features, features.shape[-1:])
+        log_probs = self.tokenizer.selector(features)
+        if self.config.selection == "all" or begun(progress, self.recipe["freeze_selector_from"]):
+            log_probs = log_probs.detach()
+        hard, mask = self.choose(log_probs, noise)
         merged = self.tokenizer.merger(features, mask)
         projected = F.normalize(self.tokenizer.quantizer.project(merged).float(), dim=-1)
         vectors, codes = self.quantize(projected, progress)
 
         lengths = hard.sum(1).long()
-        valid = torch.arange(int(lengths.max())) < lengths[:, None]
+        valid = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
         padded = vectors.new_zeros(*valid.shape, vectors.shape[-1]).index_put((valid,), vectors)
         rebuilt = self.detokenizer.decode(padded, valid).float()
-        side = self.config.image_size // self.config.patch_size
-        patches = torch.zeros(valid.shape).masked_scatter(valid, hard.nonzero()[:, 1].float())
-        places = torch.stack([patches.div(side, rounding_mode="floor"), patches % side], dim=-1)
-        name_logits, style_logits, pixels, _ = self.heads(rebuilt)
 
         keep_rate = self.keep_rate(progress)
         detail = saliency(pictures, self.config.patch_size)
         # even patches come last to first where they tie
-        detail = detail + 1e-6 * torch.linspace(0, 1, detail.shape[1])
+        detail = detail + 1e-6 * torch.linspace(0, 1, detail.shape[1], device=detail.device)
         salient = (detail > gather(detail).flatten().quantile(1 - keep_rate)).float()
         keep_logit = (log_probs[..., 0] - log_probs[..., 1]).float()
         probability = log_probs[..., 0].exp()
@@ -192,25 +209,39 @@ class VisualTokenizerTraining(nn.Module):
         terms = {
             "cosine": (1 - F.cosine_similarity(rebuilt, target, dim=-1)).mean(),
             "scale": F.mse_loss(rebuilt, target),
-            "pixels": F.mse_loss(pixels.float(), patchify(pictures * 2 - 1, self.config.patch_size)),
             "rate": (global_mean(probability.mean()) - keep_rate).square(),
-            "name": F.cross_entropy(name_logits.float(), name, ignore_index=IGNORED_NAME, reduction="sum") / len(name),
-            "style": F.cross_entropy(style_logits.float(), style),
             "local": ragged_mean(1 - F.cosine_similarity(local[:, :-6].float(), patch_targets, dim=-1)),
             "place": ragged_mean((local[:, -6:].float() - kept_places).square().mean(1)),
-            "lookup": self.lookup_loss(places, valid),
             "saliency": F.binary_cross_entropy_with_logits(keep_logit, salient),
             "entropy": F.binary_cross_entropy_with_logits(keep_logit, probability),
         }
-        metrics = {key: value.detach() for key, value in terms.items()}
+        metrics = {}
+        if self.heads is not None:
+            name = self.names[name]
+            name_logits, style_logits, pixels, _ = self.heads(rebuilt)
+            known = F.cross_entropy(name_logits.float(), name, ignore_index=IGNORED_NAME, reduction="sum")
+            terms |= {
+                "pixels": F.mse_loss(pixels.float(), patchify(pictures * 2 - 1, self.config.patch_size)),
+                "name": known / len(name),
+                "style": F.cross_entropy(style_logits.float(), style),
+            }
+            metrics["name_top1"] = (name_logits.argmax(-1) == name).float().mean()
+        if weights["lookup"]:
+            side = self.config.image_size // self.config.patch_size
+            patches = torch.zeros_like(valid, dtype=torch.float32).masked_scatter(valid, hard.nonzero()[:, 1].float())
+            places = torch.stack([patches.div(side, rounding_mode="floor"), patches % side], dim=-1)
+            terms["lookup"] = self.lookup_loss(places, valid)
+        metrics |= {key: value.detach() for key, value in terms.items()}
         terms["saliency"] = terms["saliency"] * max(0.0, 1 - progress / self.recipe["saliency_until"])
+        terms["rate"] = terms["rate"] * ramped(progress, self.recipe["rate_ramp"])
         if codes is not None:
             terms["commitment"] = ragged_mean((projected - vectors.detach()).square().sum(1))
             distinct = [len(row.unique()) / len(row) for row in codes.split(lengths.tolist())]
             metrics |= {
                 "commitment": terms["commitment"].detach(),
                 "perplexity": self.codebook.perplexity(),
-                "distinct": sum(distinct) / len(distinct),
+                "codes_used": (self.codebook.counts >= self.codebook.revive_below).float().mean(),
+                "distinct": torch.tensor(distinct).mean(),
             }
         metrics |= {
             "kept": lengths.float().mean(),
@@ -218,40 +249,93 @@ class VisualTokenizerTraining(nn.Module):
             "argmax_kept": (keep_logit >= 0).float().sum(1).mean(),
             "decided": ((probability > 0.95) | (probability < 0.05)).float().mean(),
             "detail_correlation": torch.corrcoef(torch.stack([lengths.float(), detail.mean(1)]))[0, 1],
-            "name_top1": (name_logits.argmax(-1) == name).float().mean(),
         }
         loss = sum(weights[key] * value for key, value in terms.items())
-        return {"loss": loss, "metrics": metrics}
+        return {"loss": loss, "metrics": {key: value for key, value in metrics.items() if value.isfinite()}}
+
+
+def load_encoder(
+    folder: Path, tokenizer: LavitVisualTokenizer, styles: list[str] | None
+) -> tuple[PictureHeads | None, list[str]]:
+    """Loads the encoder of `tokenizer` from a result of stage 0, whose heads and their names it returns, or from a
+    saved [`LavitVisualTokenizer`], which has none.
+
+    Args:
+        styles: those of the data; None for pictures without.
+
+    Raises:
+        ValueError: the encoder has another size, or was trained with other styles.
+        OSError: nothing of either kind is in the folder.
+    """
+    heads, names = None, []
+    if (folder / "labels.json").is_file():
+        pretrained = load_file(folder / "model.safetensors")
+        labels = json.loads((folder / "labels.json").read_text())
+        if styles is not None:
+            if labels["styles"] != styles:
+                raise ValueError(f"{folder} was trained with the styles {labels['styles']}, the data have {styles}")
+            names = labels["names"]
+            heads = PictureHeads(tokenizer.config, names, len(styles))
+            heads.load_state_dict(with_prefix(pretrained, "heads."))
+        pretrained = with_prefix(pretrained, "encoder.")
+    else:
+        pretrained = LavitVisualTokenizer.from_pretrained(folder).encoder.state_dict()
+    own = tokenizer.encoder.state_dict()
+    wrong = sorted(key for key in own if key not in pretrained or pretrained[key].shape != own[key].shape)
+    if wrong:
+        raise ValueError(
+            f"the encoder in {folder} does not have the recipe's size; the first that differs: {wrong[0]}"
+        )
+    tokenizer.encoder.load_state_dict(pretrained)
+    return heads, names
+
+
+def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose key starts with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def build(recipe: dict):
     config = LavitVisualTokenizerConfig(**recipe["model"])
+    weights = recipe["objective"]["weights"]
     dataset = load_pictures(recipe["data"], config.image_size)
     tokenizer = LavitVisualTokenizer._from_config(config, attn_implementation="eager")
     detokenizer = LavitDetokenizer._from_config(
-        LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation=RECORDED_ATTENTION
+        LavitDetokenizerConfig(**recipe["detokenizer"]),
+        attn_implementation=RECORDED_ATTENTION if weights["lookup"] else "eager",
     )
-    encoder = Path(recipe["encoder"])
-    labels = json.loads((encoder / "labels.json").read_text())
-    if labels["styles"] != dataset.styles:
-        raise ValueError(f"{encoder} was trained with the styles {labels['styles']}, the data have {dataset.styles}")
-    heads = PictureHeads(config, labels["names"], len(labels["styles"]))
-    pretrained = load_file(encoder / "model.safetensors")
-    for prefix, module in (("encoder.", tokenizer.encoder), ("heads.", heads)):
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in pretrained.items() if k.startswith(prefix)})
-    known = {name: i for i, name in enumerate(labels["names"])}
-    names = torch.tensor([known.get(name, IGNORED_NAME) for name in dataset.names])
+    heads, known = load_encoder(Path(recipe["encoder"]), tokenizer, getattr(dataset, "styles", None))
+    names = None
+    if heads is None:
+        for term in ("pixels", "name", "style"):
+            if weights[term]:
+                raise ValueError(
+                    f"objective.weights.{term} must be 0: it needs an encoder of stage 0, and named pictures"
+                )
+    else:
+        index = {name: i for i, name in enumerate(known)}
+        names = torch.tensor([index.get(name, IGNORED_NAME) for name in dataset.names])
     model = VisualTokenizerTraining(tokenizer, detokenizer, heads, names, recipe)
     model.init_positions()
+    if recipe["start"]:  # another encoder may stand under what was trained
+        start = Path(recipe["start"])
+        trained = LavitVisualTokenizer.from_pretrained(start / "visual_tokenizer").state_dict()
+        trained = {key: value for key, value in trained.items() if not key.startswith("encoder.")}
+        tokenizer.load_state_dict(trained, strict=False)
+        detokenizer.load_state_dict(LavitDetokenizer.from_pretrained(start / "detokenizer").state_dict())
+        if begun(0.0, recipe["objective"]["quantize_from"]):
+            model.codebook.follow(tokenizer.quantizer.codebook.weight)
     return model, dataset, []
 
 
 @torch.no_grad()
-def finish(model: VisualTokenizerTraining, dataset: PictureDataset, recipe: dict, output: Path) -> None:
+def finish(model: VisualTokenizerTraining, dataset, recipe: dict, output: Path) -> None:
     """Writes tokenizer and detokenizer, and prints the metrics of both splits under deterministic selection."""
     model.detokenizer.codebook.weight.copy_(model.tokenizer.quantizer.codebook.weight)
     model.tokenizer.save_pretrained(output / "visual_tokenizer")
     model.detokenizer.save_pretrained(output / "detokenizer")
+    if not isinstance(dataset, PictureDataset):
+        return
     model.eval()
     for split in ("train", "held_out"):
         pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))
