@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .configuration_lavit import LavitVocabulary
+from .steps_lavit import can_step_plainly, grows_freely, plain_step
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -84,10 +85,21 @@ def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
     return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
 
 
-def next_uniforms(generators: list[torch.Generator], count: int = 1) -> torch.Tensor:
-    """(B, count) uniform numbers, row by row from its own generator: one for every id to come."""
-    drawn = [[torch.rand((1,), generator=one, device=one.device).cpu() for _ in range(count)] for one in generators]
-    return torch.stack([torch.cat(row) for row in drawn])
+def next_uniforms(
+    generators: Sequence[torch.Generator | None], count: int = 1, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """(B, count) uniform numbers on `device`, row by row from its own generator: one for every id to come.
+
+    A row without a generator gets zeros.
+    """
+    rows = [
+        torch.zeros(count, device=device)
+        if one is None
+        # one by one: the same numbers whatever the count
+        else torch.cat([torch.rand((1,), generator=one, device=one.device) for _ in range(count)]).to(device)
+        for one in generators
+    ]
+    return torch.stack(rows)
 
 
 def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
@@ -122,6 +134,10 @@ class LavitDecodingLoop:
             arXiv 2305.10427): what a position would get after the guesses before it is its guess in the next forward.
             As the uniform numbers of the ids to come are fixed, an id is kept if it is the one that would be drawn:
             what is written stays the same. All rows go on by as many ids as the slowest.
+
+    Rows that are finished leave the batch, with both their streams, where cache and outputs allow it: logits
+    processors then see the others alone, stopping criteria and streamer always all. They use up no more random
+    numbers.
     """
 
     def __init__(
@@ -155,51 +171,71 @@ class LavitDecodingLoop:
     ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
         guided = self.guidance_scale is not None
         rows = input_ids.shape[0] // 2 if guided else input_ids.shape[0]
+        sequences, active = input_ids[:rows], torch.arange(rows, device=input_ids.device)
         unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+        drawing = list(self.generators or [])
         forward = model.__call__
-        if model._valid_auto_compile_criteria(model_kwargs, generation_config):
+        compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if compiled:
             forward = model.get_compiled_call(generation_config.compile_config)
         if guided and model_kwargs.get("attention_mask") is None:
             model_kwargs["attention_mask"] = torch.ones_like(input_ids)
         all_scores, all_logits = [], []
         if self.streamer is not None:
-            self.streamer.put(input_ids[:rows].cpu())
+            self.streamer.put(sequences.cpu())
 
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
-        drafts = input_ids[:rows, :0]
+        grows = model_kwargs["use_cache"] and grows_freely(outputs.past_key_values)
+        drops_rows = grows and self.joint_generator is None and not generation_config.return_dict_in_generate
+        if grows and not compiled and can_step_plainly(model, model_kwargs):
+            forward = plain_step
+        drafts = sequences[:, :0]
         while True:
             step_logits = outputs.logits[:, -1 - drafts.shape[1] :].to(
                 copy=True, dtype=torch.float32, device=input_ids.device
             )
             for accepted in range(1, step_logits.shape[1] + 1):
-                logits, sequences = step_logits[:, accepted - 1], input_ids[:rows]
-                scores = logits_processor(sequences, self._guide(logits, sequences) if guided else logits)
+                logits, written = step_logits[:, accepted - 1], sequences if len(active) == rows else sequences[active]
+                scores = logits_processor(written, self._guide(logits, written) if guided else logits)
                 if generation_config.output_scores:
                     all_scores.append(scores)
                 if generation_config.output_logits:
                     all_logits.append(logits)
-                ids = torch.where(unfinished, self._choose(scores, generation_config.do_sample), self.pad_token_id)
+                ids = self._choose(scores, drawing, generation_config.do_sample)
+                ids = torch.where(unfinished[active], ids, self.pad_token_id)
+                newest = sequences.new_full((rows,), self.pad_token_id).index_copy_(0, active, ids)
                 if self.streamer is not None:
-                    self.streamer.put(ids.cpu())
+                    self.streamer.put(newest.cpu())
+                sequences = torch.cat([sequences, newest.unsqueeze(1)], dim=1)
                 input_ids = torch.cat([input_ids, (ids.repeat(2) if guided else ids).unsqueeze(1)], dim=1)
-                unfinished = unfinished & ~stopping_criteria(input_ids[:rows], scores)
-                if not unfinished.any():
+                unfinished = unfinished & ~stopping_criteria(sequences, scores)
+                going_on = unfinished[active].tolist()
+                drawing = [one if goes_on else None for one, goes_on in zip(drawing, going_on, strict=False)]
+                if not any(going_on):
                     break
-                if accepted <= drafts.shape[1] and (unfinished & (ids != drafts[:, accepted - 1])).any():
+                if accepted <= drafts.shape[1] and (unfinished[active] & (ids != drafts[:, accepted - 1])).any():
                     break
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=accepted)
             del outputs
-            if not unfinished.any():
+            if not any(going_on):
                 break
             if guided and self.restart_unconditional:
                 self._restart_unconditional(ids, model_kwargs)
             if accepted <= drafts.shape[1] and model_kwargs["use_cache"]:
                 model_kwargs["past_key_values"].crop(accepted - 1 - drafts.shape[1])
+            step_logits = step_logits[:, accepted:]
+            if drops_rows and not all(going_on):
+                kept = unfinished[active].nonzero().squeeze(1)
+                streams = torch.cat([kept, kept + len(active)]) if guided else kept
+                active, input_ids, step_logits = active[kept], input_ids[streams], step_logits[streams]
+                drawing = [one for one, goes_on in zip(drawing, going_on, strict=False) if goes_on]
+                self._keep_rows(streams, model_kwargs)
             if self.draft_length:
                 room = generation_config.max_length - input_ids.shape[1] - 1
                 drafts = self._guess(
-                    step_logits[:, accepted:],
-                    input_ids[:rows],
+                    step_logits,
+                    sequences[active],
+                    drawing,
                     logits_processor,
                     generation_config.do_sample,
                     max(0, min(self.draft_length, room)),
@@ -209,9 +245,9 @@ class LavitDecodingLoop:
         if self.streamer is not None:
             self.streamer.end()
         if not generation_config.return_dict_in_generate:
-            return input_ids[:rows]
+            return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=input_ids[:rows],
+            sequences=sequences,
             scores=tuple(all_scores) if generation_config.output_scores else None,
             logits=tuple(all_logits) if generation_config.output_logits else None,
             past_key_values=model_kwargs.get("past_key_values"),
@@ -221,6 +257,7 @@ class LavitDecodingLoop:
         self,
         step_logits: torch.Tensor,
         sequences: torch.LongTensor,
+        drawing: list[torch.Generator | None],
         logits_processor: LogitsProcessorList,
         do_sample: bool,
         count: int,
@@ -234,7 +271,8 @@ class LavitDecodingLoop:
             guided = self.guidance_scale is not None
             scores = logits_processor(repeated, self._guide(flat, repeated) if guided else flat)
             if do_sample:
-                uniform = next_uniforms([one.clone_state() for one in self.generators], known)
+                ahead = [None if one is None else one.clone_state() for one in drawing]
+                uniform = next_uniforms(ahead, known, scores.device)
                 guesses = draw(scores.softmax(-1), uniform.reshape(-1, 1)).view(rows, known)
             else:
                 guesses = scores.argmax(-1).view(rows, known)
@@ -248,6 +286,8 @@ class LavitDecodingLoop:
             input_ids = torch.cat([input_ids, drafts], dim=1)
             model_kwargs = model._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=count)
             model_kwargs["logits_to_keep"] = 1 + count
+        if forward is plain_step:
+            return plain_step(model, input_ids[:, -1 - count :], model_kwargs)
         next_length = 1 + count if model_kwargs["use_cache"] else None
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=next_length, **model_kwargs)
         return forward(**inputs, return_dict=True)
@@ -262,13 +302,23 @@ class LavitDecodingLoop:
             guided = torch.where(inside.unsqueeze(1), guided, conditional)
         return guided
 
-    def _choose(self, scores: torch.Tensor, do_sample: bool) -> torch.LongTensor:
+    def _choose(
+        self, scores: torch.Tensor, drawing: list[torch.Generator | None], do_sample: bool
+    ) -> torch.LongTensor:
         if not do_sample:
             return scores.argmax(-1)
         probabilities = scores.softmax(-1)
         if self.joint_generator is not None:
             return torch.multinomial(probabilities, 1, generator=self.joint_generator).squeeze(1)
-        return draw(probabilities, next_uniforms(self.generators))
+        return draw(probabilities, next_uniforms(drawing, device=scores.device))
+
+    def _keep_rows(self, streams: torch.LongTensor, model_kwargs: dict) -> None:
+        """Takes all rows but `streams` out of the cache and of what goes with the ids."""
+        count = len(model_kwargs["past_key_values"].layers[0].keys)
+        model_kwargs["past_key_values"].batch_select_indices(streams)
+        for name, value in model_kwargs.items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+                model_kwargs[name] = value[streams]
 
     def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
         """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""

@@ -56,7 +56,12 @@ class LavitPrompt:
 
 
 class LavitGenerationMixin(GenerationMixin):
-    """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
+    """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays.
+
+    `uses_plain_steps`: whether a plain Llama is stepped by `llama_step`; False steps through its modules.
+    """
+
+    uses_plain_steps = True
 
     @torch.no_grad()
     def generate(

@@ -17,6 +17,7 @@ from .pipeline_lavit import __doc__ as _
 from .pipeline_text_to_image import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
+from .steps_lavit import __doc__ as _
 from .unet_lavit import __doc__ as _
 from .modeling_lavit import LavitForConditionalGeneration
 from .modeling_lavit import LavitModel

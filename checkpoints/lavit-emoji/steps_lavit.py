@@ -1,0 +1,1 @@
+../../modeling_lavit/steps_lavit.py
