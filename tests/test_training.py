@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,14 +96,24 @@ def test_stage_two_leaves_the_visual_tokenizer_as_it_was(stages):
     )
 
 
-def test_a_cut_run_ends_as_an_uncut_one(stages, tmp_path):
-    overrides = [f"encoder={stages['encoder']}", "model.codebook_size=32", "detokenizer.codebook_size=32"]
-    whole = stages["tokenizer"].parent
-    cut = tmp_path / "cut"
-    args = [str(RECIPES / "tokenizer.yaml"), DATA, f"training_arguments.output_dir={cut}", *FEW_STEPS, *overrides]
-    with pytest.raises(_Cut):
-        _run_until_first_save(["tokenizer", *args])
-    main(["tokenizer", *args])
+def test_a_killed_run_ends_as_an_uncut_one(stages, tmp_path):
+    whole, cut = stages["tokenizer"].parent, tmp_path / "cut"
+    arguments = ["tokenizer", str(RECIPES / "tokenizer.yaml"), DATA, *FEW_STEPS, f"encoder={stages['encoder']}"]
+    arguments += ["model.codebook_size=32", "detokenizer.codebook_size=32", f"training_arguments.output_dir={cut}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modeling_lavit.training.run", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (cut / "checkpoint-2" / "trainer_state.json").is_file():
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (cut / "final").is_dir()
+    (cut / "checkpoint-3").mkdir()  # as if it had been killed while it wrote the next one
+    main(arguments)
     name = "visual_tokenizer/model.safetensors"
     expected = load_file(whole / "final" / name)
     for key, tensor in load_file(cut / "final" / name).items():
@@ -143,30 +154,6 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-class _Cut(Exception):
-    pass
-
-
-def _run_until_first_save(arguments: list[str]) -> None:
-    from transformers import TrainerCallback
-
-    from modeling_lavit.training import run
-
-    class Cut(TrainerCallback):
-        def on_save(self, *args, **kwargs):
-            raise _Cut
-
-    class CutTrainer(run.StageTrainer):
-        def __init__(self, *args, callbacks, **kwargs):
-            super().__init__(*args, callbacks=[*callbacks, Cut()], **kwargs)
-
-    whole, run.StageTrainer = run.StageTrainer, CutTrainer
-    try:
-        run.main(arguments)
-    finally:
-        run.StageTrainer = whole
 
 
 def test_an_unknown_override_is_refused():

@@ -123,6 +123,8 @@ def augment(
     Returns:
         (B, 3, S, S) in [0, 1].
     """
+    if not share:
+        return pictures
     batch = len(pictures)
     uniform = noise.uniform(10)
     centred = uniform * 2 - 1

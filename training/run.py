@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import TrainerState
 
 from .data import SampleNoise, collate_pictures
 from .distributed import alone, gather_metrics
@@ -98,6 +98,18 @@ def load_recipe(path: str, overrides: list[str]) -> dict:
     return recipe
 
 
+def last_complete_checkpoint(output_dir: Path) -> str | None:
+    """The checkpoint to go on from. The trainer writes its state last, so what a killed run has left without one is
+    passed over."""
+    complete = []
+    for folder in output_dir.glob("checkpoint-*"):
+        try:
+            complete.append((TrainerState.load_from_json(folder / "trainer_state.json").global_step, str(folder)))
+        except (OSError, ValueError):
+            print(f"{folder} is incomplete: it was being written when its run ended")
+    return max(complete)[1] if complete else None
+
+
 def run(stage: str, recipe: dict) -> None:
     """Trains one stage to the end and writes its result to `<output_dir>/final`."""
     if "threads" in recipe:
@@ -119,7 +131,7 @@ def run(stage: str, recipe: dict) -> None:
         data_collator=getattr(dataset, "collate", collate_pictures),
         callbacks=[JsonLinesCallback(), *callbacks],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(Path(arguments.output_dir)))
     with alone():
         if trainer.is_world_process_zero():
             module.finish(

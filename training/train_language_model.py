@@ -280,7 +280,8 @@ def build_model(recipe: dict, texts: list[str] | None) -> tuple[LavitForConditio
                 )
         model.model.visual_tokenizer.load_state_dict(visual_tokenizer.state_dict())
     model.model.visual_tokenizer.eval()  # it is frozen, its statistics too
-    model.generation_config.generation_presets = recipe["generation_presets"]
+    if recipe["generation_presets"]:
+        model.generation_config.generation_presets = recipe["generation_presets"]
     return model, processor
 
 

@@ -1,18 +1,21 @@
 """Stage 3: a denoising UNet on the detokenizer's conditions (paper section 3.1, Eq. 5), and the detokenizer with it.
 
 `condition: features` trains on the encoder's own features, before a tokenizer exists; `condition: codes` on what
-the detokenizer makes of the codes. The prediction type is the scheduler's: epsilon, v_prediction or sample.
+the detokenizer makes of the codes. UNet, autoencoder and scheduler are new, or those of `start`: a result of this
+stage, or a folder of Stable Diffusion 1.5 or SDXL. The prediction type is the scheduler's: epsilon, v_prediction or
+sample.
 """
 
 import copy
+import itertools
+import json
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from ..autoencoder_lavit import LavitPatchAutoencoder
@@ -21,6 +24,12 @@ from ..modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutpu
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..unet_lavit import LavitUNet2DConditionModel
 from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures
+from .train_visual_tokenizer import load_encoder
+
+
+# The classes of components that a folder may hold, by the name in their config.
+UNETS = {cls.__name__: cls for cls in (LavitUNet2DConditionModel, UNet2DConditionModel)}
+AUTOENCODERS = {cls.__name__: cls for cls in (LavitPatchAutoencoder, AutoencoderKL)}
 
 
 class PixelDecoderTraining(nn.Module):
@@ -30,8 +39,8 @@ class PixelDecoderTraining(nn.Module):
         self,
         tokenizer: LavitVisualTokenizer,
         detokenizer: LavitDetokenizer,
-        unet: LavitUNet2DConditionModel,
-        vae: LavitPatchAutoencoder,
+        unet: UNet2DConditionModel,
+        vae: LavitPatchAutoencoder | AutoencoderKL,
         scheduler: DDIMScheduler,
         recipe: dict,
     ):
@@ -44,8 +53,8 @@ class PixelDecoderTraining(nn.Module):
         detokenizer.codebook.requires_grad_(False)
         if not self.recipe["train_detokenizer"]:
             detokenizer.requires_grad_(False)
-            detokenizer.prompt_projections.requires_grad_(True)
-            detokenizer.attention_pool.requires_grad_(True)
+            for module in readout(detokenizer).values():
+                module.requires_grad_(True)
         self.register_buffer("updates", torch.tensor(0))
         self.average = copy.deepcopy(self.trained).requires_grad_(False)
 
@@ -65,7 +74,10 @@ class PixelDecoderTraining(nn.Module):
     def conditions(self, pictures: torch.Tensor, noise: SampleNoise) -> LavitDetokenizerOutput:
         """Pictures (B, 3, S, S) in [0, 1] to the UNet's conditions."""
         detokenizer = self.trained["detokenizer"]
+        size = self.tokenizer.config.image_size
         with torch.no_grad():
+            if pictures.shape[-1] != size:
+                pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
             pixel_values = normalize_pictures(pictures)
             if self.recipe["condition"] == "features":
                 features = self.tokenizer.encode_patches(pixel_values).float()
@@ -74,33 +86,41 @@ class PixelDecoderTraining(nn.Module):
                 tokens = self.tokenizer.tokenize(pixel_values)
         if self.recipe["condition"] == "features":
             return detokenizer.conditions(features)
-        kept = torch.arange(self.tokenizer.config.num_patches) < tokens.lengths[:, None]
+        patches = torch.arange(self.tokenizer.config.num_patches, device=tokens.lengths.device)
+        kept = patches < tokens.lengths[:, None]
         uniform = noise.uniform(self.tokenizer.config.num_patches, 2)[kept]
         corrupted = uniform[:, 0] < self.recipe["code_corruption"]
         others = (uniform[:, 1] * detokenizer.config.codebook_size).long()
         return detokenizer(torch.where(corrupted, others, tokens.codes), tokens.lengths)
 
-    def forward(self, pictures, name, style, noise: SampleNoise, progress: float = 1.0):
+    def unet_conditions(self, condition: LavitDetokenizerOutput, keep: torch.Tensor, size: int) -> dict:
+        """The UNet's arguments for pictures of `size` pixels; those not in `keep` (B,) get the unconditional ones."""
+        nothing = self.trained["detokenizer"].unconditional(len(keep))
+        embeds = torch.where(keep[:, None, None], condition.prompt_embeds.float(), nothing.prompt_embeds.float())
+        if condition.pooled_prompt_embeds is None:
+            mask = torch.where(keep[:, None], condition.attention_mask, nothing.attention_mask)
+            return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        pooled = condition.pooled_prompt_embeds.float(), nothing.pooled_prompt_embeds.float()
+        time_ids = embeds.new_tensor([size, size, 0, 0, size, size]).expand(len(keep), -1)
+        return {
+            "encoder_hidden_states": embeds,
+            "added_cond_kwargs": {"text_embeds": torch.where(keep[:, None], *pooled), "time_ids": time_ids},
+        }
+
+    def forward(self, pictures, noise: SampleNoise, progress: float = 1.0, **labels):
         pictures = augment(pictures.float() / 255, noise, **self.augmentation)
         latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode() * self.vae.config.scaling_factor
-        condition = self.conditions(pictures, noise)
-        batch, size = len(pictures), pictures.shape[-1]
         uniform = noise.uniform(2)
-        keep = (uniform[:, 0] >= self.recipe["condition_dropout"]).float()
-        time_ids = latents.new_tensor([size, size, 0, 0, size, size]).expand(batch, -1)
+        keep = uniform[:, 0] >= self.recipe["condition_dropout"]
         timesteps = (uniform[:, 1] * self.scheduler.config.num_train_timesteps).long()
         added = noise.normal(*latents.shape[1:])
         prediction = self.trained["unet"](
             self.scheduler.add_noise(latents, added, timesteps),
             timesteps,
-            condition.prompt_embeds.float() * keep[:, None, None],
-            added_cond_kwargs={
-                "text_embeds": condition.pooled_prompt_embeds.float() * keep[:, None],
-                "time_ids": time_ids,
-            },
+            **self.unet_conditions(self.conditions(pictures, noise), keep, pictures.shape[-1]),
         ).sample.float()
         kind = self.scheduler.config.prediction_type
-        variance = 1 - self.scheduler.alphas_cumprod[timesteps]  # of the noise
+        variance = 1 - self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]  # of the noise
         if kind == "sample":
             target, weight = latents, (1 / variance).clamp(max=self.recipe["max_weight"])
         elif kind == "epsilon":
@@ -121,15 +141,76 @@ class AverageCallback(TrainerCallback):
         getattr(model, "module", model).update_average()
 
 
-def build(recipe: dict):
-    config = LavitVisualTokenizerConfig(**recipe["model"])
-    dataset = load_pictures(recipe["data"], config.image_size)
-    if recipe["objective"]["condition"] == "features":
-        tokenizer = LavitVisualTokenizer._from_config(config, attn_implementation="eager")
-        pretrained = load_file(Path(recipe["encoder"]) / "model.safetensors")
-        tokenizer.encoder.load_state_dict(
-            {k.removeprefix("encoder."): v for k, v in pretrained.items() if k.startswith("encoder.")}
+def readout(detokenizer: LavitDetokenizer) -> nn.ModuleDict:
+    """What makes conditions of features."""
+    parts = {"prompt_projections": detokenizer.prompt_projections}
+    if detokenizer.config.variant == "highres":
+        parts["attention_pool"] = detokenizer.attention_pool
+    return nn.ModuleDict(parts)
+
+
+def load_component(folder: Path, classes: dict[str, type]) -> nn.Module:
+    """A component of a diffusers folder, in float32.
+
+    Raises:
+        OSError: there is none.
+        ValueError: its class is not one of `classes`.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OSError(
+            f"there is no {path}: start must be a result of this stage, or a Stable Diffusion 1.5 or SDXL folder"
         )
+    name = json.loads(path.read_text()).get("_class_name")
+    if name not in classes:
+        raise ValueError(f"{folder} holds a {name}; known here are {sorted(classes)}")
+    return classes[name].from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def check_fit(unet: UNet2DConditionModel, detokenizer: LavitDetokenizer, vae) -> None:
+    """Refuses components of which one cannot read the other.
+
+    Raises:
+        ValueError: widths of conditions or numbers of channels differ.
+    """
+    config = detokenizer.config
+    pairs = {
+        "the UNet's cross_attention_dim and the sum of prompt_embed_dims": (
+            unet.config.cross_attention_dim,
+            sum(config.prompt_embed_dims),
+        ),
+        "the UNet's in_channels and the autoencoder's latent_channels": (
+            unet.config.in_channels,
+            vae.config.latent_channels,
+        ),
+        "whether the UNet takes a pooled embedding and whether the detokenizer is highres": (
+            unet.config.addition_embed_type == "text_time",
+            config.variant == "highres",
+        ),
+    }
+    for what, (one, other) in pairs.items():
+        if one != other:
+            raise ValueError(f"{what} differ: {one}, {other}")
+
+
+def first_pictures(dataset, count: int) -> torch.Tensor:
+    """The first pictures (count, 3, S, S) uint8 of a data set, at most."""
+    if isinstance(dataset, PictureDataset):
+        return dataset.pictures[:count]
+    items = (
+        dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset)
+        else map(dataset.__getitem__, range(len(dataset)))
+    )
+    return torch.stack([item["pictures"] for item in itertools.islice(items, count)])
+
+
+def build(recipe: dict):
+    if recipe["objective"]["condition"] == "features":
+        tokenizer = LavitVisualTokenizer._from_config(
+            LavitVisualTokenizerConfig(**recipe["model"]), attn_implementation="eager"
+        )
+        load_encoder(Path(recipe["encoder"]), tokenizer, None)
         detokenizer = LavitDetokenizer._from_config(
             LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation="eager"
         )
@@ -137,24 +218,34 @@ def build(recipe: dict):
         folder = Path(recipe["tokenizer"])
         tokenizer = LavitVisualTokenizer.from_pretrained(folder / "visual_tokenizer", attn_implementation="eager")
         detokenizer = LavitDetokenizer.from_pretrained(folder / "detokenizer", attn_implementation="eager")
-    vae = LavitPatchAutoencoder(**recipe["vae"])
-    vae.fit(dataset.pictures.float() / 127.5 - 1)
-    scheduler = DDIMScheduler(**recipe["scheduler"])
+    dataset = load_pictures(recipe["data"], recipe["resolution"] or tokenizer.config.image_size)
     if recipe["start"]:
         start = Path(recipe["start"])
-        unet = LavitUNet2DConditionModel.from_pretrained(start / "unet")
-        readout = LavitDetokenizer.from_pretrained(start / "detokenizer")
-        detokenizer.prompt_projections.load_state_dict(readout.prompt_projections.state_dict())
-        detokenizer.attention_pool.load_state_dict(readout.attention_pool.state_dict())
+        unet = load_component(start / "unet", UNETS)
+        vae = load_component(start / "vae", AUTOENCODERS)
+        scheduler = DDIMScheduler.from_pretrained(start / "scheduler")
+        if (start / "detokenizer").is_dir():
+            trained = LavitDetokenizer.from_pretrained(start / "detokenizer")
+            if torch.equal(trained.codebook.weight, detokenizer.codebook.weight):
+                detokenizer.load_state_dict(trained.state_dict())
+            else:  # it was trained on features, or on other codes
+                readout(detokenizer).load_state_dict(readout(trained).state_dict())
+    elif missing := {"unet", "vae", "scheduler"} - recipe.keys():
+        raise ValueError(f"the recipe needs a start, or the sections {sorted(missing)} for new components")
     else:
         unet = LavitUNet2DConditionModel(**recipe["unet"])
-    unet.set_attn_processor(AttnProcessor())  # the backward of fused attention is slow on CPUs
+        vae = LavitPatchAutoencoder(**recipe["vae"])
+        vae.fit(first_pictures(dataset, recipe["vae_pictures"]).float() / 127.5 - 1)
+        scheduler = DDIMScheduler(**recipe["scheduler"])
+    check_fit(unet, detokenizer, vae)
+    if not torch.cuda.is_available():
+        unet.set_attn_processor(AttnProcessor())  # the backward of fused attention is slow on CPUs
     model = PixelDecoderTraining(tokenizer, detokenizer, unet, vae, scheduler, recipe)
     return model, dataset, [AverageCallback()]
 
 
 @torch.no_grad()
-def finish(model: PixelDecoderTraining, dataset: PictureDataset, recipe: dict, output: Path) -> None:
+def finish(model: PixelDecoderTraining, dataset, recipe: dict, output: Path) -> None:
     """Writes the averaged detokenizer and UNet, the autoencoder and the scheduler."""
     for name, component in (*model.average.items(), ("vae", model.vae), ("scheduler", model.scheduler)):
         component.save_pretrained(output / name)
