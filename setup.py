@@ -49,7 +49,8 @@ setup(
     extras_require={
         "train": ["datasets", "matplotlib", "peft", "resvg_py", "pyyaml"],
         "app": ["gradio"],
-        "dev": ["peft", "pytest", "pytest-xdist", "ruff", "setuptools"],
+        "ray": ["ray[data]"],
+        "dev": ["peft", "pytest", "pytest-xdist", "ray[data]", "ruff", "setuptools"],
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],

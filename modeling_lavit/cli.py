@@ -36,6 +36,19 @@ DELEGATED = {
     ),
 }
 
+# options of `lavit tokenize` that go with --dataset
+DATASET_OPTIONS = (
+    "output",
+    "data_files",
+    "split",
+    "image_column",
+    "streaming",
+    "batch_size",
+    "shard_size",
+    "keep_images",
+    "ray",
+)
+
 
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line."""
@@ -123,11 +136,12 @@ def build_parser() -> Parser:
     command = add(
         "tokenize",
         tokenize,
-        help="turn pictures into visual tokens, and show which patches they keep",
-        description="Prints how many patches of each picture are kept, and their codes.",
-        example="lavit tokenize apple.png --show kept.png",
+        help="turn pictures into visual tokens, and show which patches they keep; or a whole data set",
+        description="Prints how many patches of each picture are kept, and their codes. With --dataset it computes "
+        "those of a whole data set, for training; a job that was cut goes on when it is started again.",
+        example="lavit tokenize apple.png --show kept.png\n  lavit tokenize --dataset pictures --output tokens",
     )
-    command.add_argument("images", nargs="+", metavar="IMG", help="pictures")
+    command.add_argument("images", nargs="*", metavar="IMG", help="pictures")
     command.add_argument(
         "--compare-kept-only",
         action="store_true",
@@ -135,6 +149,23 @@ def build_parser() -> Parser:
     )
     command.add_argument("--show", type=Path, metavar="FILE", help="write the one picture with dropped patches faded")
     _add_keep_ratio(command)
+    command.add_argument(
+        "--dataset",
+        metavar="SOURCE",
+        help="instead of pictures: a folder, a builder of datasets such as parquet, or a repository on the Hub",
+    )
+    group = command.add_argument_group("with --dataset")
+    group.add_argument("--output", type=Path, metavar="DIR", help="folder for the shards; what is there is kept")
+    group.add_argument("--data-files", nargs="+", metavar="FILE", help="files, patterns or addresses of the source")
+    group.add_argument("--split", help="of the source (default: train)")
+    group.add_argument("--image-column", metavar="NAME", help="default: image, jpg, png or webp")
+    group.add_argument("--streaming", action="store_true", default=None, help="read files while tokenizing them")
+    group.add_argument("--batch-size", type=_positive, metavar="N", help="pictures at once (default: 64)")
+    group.add_argument("--shard-size", type=_positive, metavar="N", help="rows for each file (default: 4096)")
+    group.add_argument("--keep-images", action="store_true", default=None, help="write the pictures too")
+    group.add_argument(
+        "--ray", type=_positive, metavar="N", help="run as a Ray Data job of N workers, where RAY_ADDRESS says or here"
+    )
 
     command = add(
         "reconstruct",
@@ -236,6 +267,12 @@ def ask(options: argparse.Namespace):
 
 def tokenize(options: argparse.Namespace):
     """`lavit tokenize`"""
+    if bool(options.images) == bool(options.dataset):
+        raise ValueError("give pictures, or --dataset and --output, and not both")
+    if options.dataset:
+        return _tokenize_dataset(options)
+    if given := [name for name in DATASET_OPTIONS if getattr(options, name) is not None]:
+        raise ValueError(f"--{given[0].replace('_', '-')} goes with --dataset")
     if options.show and len(options.images) > 1:
         raise ValueError(f"--show takes one picture, got {len(options.images)}")
     _check_outputs([options.show] if options.show else [])
@@ -267,6 +304,30 @@ def tokenize(options: argparse.Namespace):
             _save([show_kept_patches(image, tokens.keep_mask[0])], [options.show])
     if options.compare_kept_only and len(images) > 1:
         print(f"{changed} of {total} codes ({changed / total:.2%}) change with kept tokens only")
+
+
+def _tokenize_dataset(options: argparse.Namespace):
+    if options.show or options.compare_kept_only:
+        raise ValueError("--show and --compare-kept-only go with pictures, not with --dataset")
+    if options.output is None:
+        raise ValueError("--dataset needs --output, the folder to write to")
+    if options.output.is_file():
+        raise ValueError(f"{options.output} is a file: give the name of a folder")
+    given = {name: value for name in DATASET_OPTIONS if (value := getattr(options, name)) is not None}
+    given |= {"model": _model_source(options, ("lavit", "lavit_visual_tokenizer")), "keep_ratio": options.keep_ratio}
+    if workers := given.pop("ray", None):
+        from modeling_lavit.training.tokenize_ray import tokenize_with_ray
+
+        print(tokenize_with_ray(options.dataset, workers=workers, device=options.device, **given))
+        return
+    from modeling_lavit.training.sources import process_state
+    from modeling_lavit.training.tokenize_dataset import tokenize_dataset
+
+    # gives each process its GPU
+    process_state()
+    device, dtype = _device_and_dtype(options)
+    with _loading(given["model"]):
+        print(tokenize_dataset(options.dataset, device=device, dtype=dtype, **given))
 
 
 def reconstruct(options: argparse.Namespace):
@@ -350,8 +411,8 @@ def _load_image(source: str):
     return load_image(source)
 
 
-def _model_source(options: argparse.Namespace) -> str:
-    """The checkpoint to load; refuses folders that are none."""
+def _model_source(options: argparse.Namespace, model_types: tuple[str, ...] = ("lavit",)) -> str:
+    """The checkpoint to load; refuses folders that are none of these types."""
     from modeling_lavit.checkpoints import LAVIT_EMOJI
 
     source = options.model or str(LAVIT_EMOJI)
@@ -364,7 +425,7 @@ def _model_source(options: argparse.Namespace) -> str:
     from transformers import AutoConfig
 
     model_type = AutoConfig.from_pretrained(source).model_type
-    if model_type != "lavit":
+    if model_type not in model_types:
         raise ValueError(f"{source} is no LaVIT checkpoint: its model type is {model_type!r}")
     return source
 

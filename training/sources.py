@@ -88,6 +88,11 @@ class SkippedRows:
             raise ValueError(f"{where} has no row that can be used ({total} rows: {reasons or 'it is empty'})")
 
 
+def process_state() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def open_rows(
     source: str, data_files: str | list[str] | None = None, split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:
@@ -141,8 +146,8 @@ def find_image_column(names: list[str], wanted: str | None = None) -> str:
     return column
 
 
-def row_name(value: object, position: int) -> str:
-    """How a picture's row is called in messages: by its file, where it has one."""
+def row_name(value: dict | bytes | str | None, position: int) -> str:
+    """What a row is called in messages: its number, and the file of its picture `value` where it has one."""
     path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
     return f"row {position} ({path})" if path else f"row {position}"
 
@@ -261,7 +266,7 @@ class SourceDataset(torch.utils.data.Dataset):
 
     def __init__(self, rows: Dataset, reader: RowReader, num_proc: int | None = None):
         self.rows, self.reader, self.epoch = rows.select_columns(reader.columns.names()), reader, 0
-        with PartialState().local_main_process_first():
+        with process_state().local_main_process_first():
             checked = self.rows.map(
                 check_rows,
                 batched=True,
@@ -270,9 +275,10 @@ class SourceDataset(torch.utils.data.Dataset):
                 remove_columns=self.rows.column_names,
                 num_proc=num_proc,
                 desc="looking for broken pictures",
-            ).with_format(None)
+            ).with_format("arrow")
         self.positions, skipped = [], SkippedRows()
-        for position, problem in enumerate(checked):
+        problems = (problem for table in checked.iter(1000) for problem in table.to_pylist())
+        for position, problem in enumerate(problems):
             if problem["reason"]:
                 skipped.add(self.name(position), **problem)
             else:
@@ -419,5 +425,5 @@ def load_source(data: dict, image_size: int) -> SourceDataset | SourceStream:
     reader = RowReader(Columns(image, text, codes), image_size, data.get("seed", 0))
     if isinstance(rows, Dataset):
         return SourceDataset(rows, reader, data.get("num_proc"))
-    state = PartialState()
+    state = process_state()
     return SourceStream(rows, reader, data.get("shuffle_buffer", 0), state.process_index, state.num_processes)
