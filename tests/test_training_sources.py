@@ -1,11 +1,6 @@
 """Stages on other data than the emoji, and from pretrained parts, through the real entry point."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +43,10 @@ def source(tmp_path_factory) -> Path:
             "text": [f"a {row['name']}" for row in rows],
             "question": ["what is it?"] * len(rows),
             "answer": [row["name"] for row in rows],
+            "messages": [
+                [{"role": "user", "content": "<image>\nwhat is it?"}, {"role": "assistant", "content": row["name"]}]
+                for row in rows
+            ],
         }
     ).cast_column("image", Image(decode=False))
     path = tmp_path_factory.mktemp("source") / "rows.parquet"
@@ -111,9 +110,11 @@ def test_packed_documents_are_predicted_as_alone():
     assert torch.equal(found[packed_order], wanted[order])
 
 
-@pytest.mark.parametrize("packing", ["null", "160"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_lavit_checkpoint_goes_on_with_any_source(parts, source, tmp_path, packing, streaming):
+@pytest.mark.parametrize(
+    ("packing", "streaming", "turns"),
+    [("null", False, "question_column: question, answer_column: answer"), ("160", True, "messages_column: messages")],
+)
+def test_a_lavit_checkpoint_goes_on_with_any_source(parts, source, tmp_path, packing, streaming, turns):
     final = train(
         "language-model",
         "finetune.yaml",
@@ -122,8 +123,8 @@ def test_a_lavit_checkpoint_goes_on_with_any_source(parts, source, tmp_path, pac
         parquet(source, streaming),
         f"objective.packing={packing}",
         "images_per_sample=2",
-        f"text_data={{source: parquet, data_files: {source}, image_column: null, text_column: text}}",
-        f"instruction_data={{source: parquet, data_files: {source}, question_column: question, answer_column: answer}}",
+        f"text_data={{source: parquet, data_files: {source}}}",
+        f"instruction_data={{source: parquet, data_files: {source}, {turns}}}",
         "mixture={caption: 0.3, draw: 0.3, text: 0.2, instruct: 0.2}",
         "lora=null",
     )

@@ -32,6 +32,9 @@ SOURCE_KEYS = {
     "image_column",
     "text_column",
     "codes_column",
+    "question_column",
+    "answer_column",
+    "messages_column",
     "streaming",
     "shuffle_buffer",
     "seed",
@@ -58,9 +61,24 @@ class Columns:
     image: str | None
     text: str | None
     codes: str | None
+    question: str | None = None
+    answer: str | None = None
+    messages: str | None = None
+
+    def __post_init__(self):
+        if (self.question is None) != (self.answer is None):
+            raise ValueError("question_column and answer_column come together")
+        if self.messages is not None and self.question is not None:
+            raise ValueError("turns are in messages_column, or in question_column and answer_column, not in both")
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether rows are instructions."""
+        return self.messages is not None or self.question is not None
 
     def names(self) -> list[str]:
-        return [name for name in (self.image, self.text, self.codes) if name is not None]
+        every = (self.image, self.text, self.codes, self.question, self.answer, self.messages)
+        return [name for name in every if name is not None]
 
 
 class SkippedRows:
@@ -199,6 +217,33 @@ def read_codes(value: list[int] | None) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.long)
 
 
+def read_turns(row: dict, columns: Columns) -> list[tuple[str, str]]:
+    """The questions of a row with their answers, at least one: those of its two columns, or of its messages, in which
+    what the user says up to an answer is the question.
+
+    Raises:
+        UnusableRow: there is none.
+    """
+    if columns.messages is None:
+        turns = [(row[columns.question], row[columns.answer])]
+    else:
+        turns, asked = [], []
+        for message in row[columns.messages] or []:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = " ".join(block.get("text") or "" for block in content or [])
+            content = content.replace("<image>", " ").strip()
+            if message["role"] != "assistant":
+                asked.append(content)
+            else:
+                turns.append((" ".join(asked).strip(), content))
+                asked = []
+    turns = [(question.strip(), answer.strip()) for question, answer in turns if question and answer]
+    if not turns:
+        raise UnusableRow("without a question and its answer", "the columns are empty")
+    return turns
+
+
 class RowReader:
     """Rows to items.
 
@@ -215,7 +260,8 @@ class RowReader:
         )
 
     def __call__(self, row: dict, position: int, epoch: int) -> dict:
-        """`{"position": int}`, with `pictures` (3, S, S) uint8, `text` and `codes` (n,) where there are such columns.
+        """`{"position": int}`, with `pictures` (3, S, S) uint8, `text`, `codes` (n,) and `turns` [(question, answer)]
+        where there are such columns.
 
         Raises:
             UnusableRow: one of them is missing or broken.
@@ -229,6 +275,8 @@ class RowReader:
             item["text"] = draw.choice(read_texts(row[self.columns.text]))
         if self.columns.codes:
             item["codes"] = read_codes(row[self.columns.codes])
+        if self.columns.has_turns:
+            item["turns"] = read_turns(row, self.columns)
         return item
 
 
@@ -242,6 +290,8 @@ def check_rows(table: pa.Table, columns: Columns) -> dict[str, list[str]]:
             for column, read in readers:
                 if column:
                     read(row[column])
+            if columns.has_turns:
+                read_turns(row, columns)
         except UnusableRow as error:
             reason, detail = error.reason, str(error)
         problems["reason"].append(reason)
@@ -390,19 +440,20 @@ def stream_loader(dataset: SourceStream, arguments: TrainingArguments, collate=d
     )
 
 
-def load_source(data: dict, image_size: int) -> SourceDataset | SourceStream:
-    """Pictures, texts and codes of a recipe's `data` section.
+def load_source(data: dict, image_size: int, with_pictures: bool = True) -> SourceDataset | SourceStream:
+    """Pictures, texts, codes and instructions of a recipe's `data` section.
 
     Args:
         data: `source`, `data_files`, `split` and `streaming` as in [`open_rows`]; `image_column`, `text_column` (by
             default columns of usual names) and `codes_column`; `shuffle_buffer` of a stream; `num_proc` processes that
-            look for broken pictures where it is none; `seed`. All but `source` may be left out or null. A source with
-            a `codes_column` needs no pictures.
+            look for broken pictures where it is none; `seed`. `question_column` and `answer_column`, or
+            `messages_column` (of `role` and `content`), make instructions of the rows. All but `source` may be left
+            out or null. A source with codes or instructions needs no pictures.
         image_size: side in pixels.
+        with_pictures: False to read texts alone.
 
     Returns:
-        items `{"position": int, "pictures": (3, S, S) uint8, "text": str, "codes": (n,) int64}`, the last three where
-        the source has such columns. `position` is the same number whatever the number of processes.
+        items as [`RowReader`] makes them. `position` is the same number whatever the number of processes.
 
     Raises:
         ValueError: an unknown key, split or column; no row can be used.
@@ -416,13 +467,23 @@ def load_source(data: dict, image_size: int) -> SourceDataset | SourceStream:
     reading = {key: data[key] for key in ("source", "data_files", "split", "streaming") if key in data}
     rows = open_rows(**reading)
     names = column_names(rows)
-    codes = find_column(names, data.get("codes_column"), (), "codes")
-    if codes:
+    codes, question, answer, messages = (
+        find_column(names, data.get(f"{kind}_column"), (), kind)
+        for kind in ("codes", "question", "answer", "messages")
+    )
+    if not with_pictures:
+        image = None
+    elif codes or question or messages:
         image = find_column(names, data.get("image_column"), IMAGE_COLUMNS, "image")
     else:
         image = find_image_column(names, data.get("image_column"))
-    text = find_column(names, data.get("text_column"), TEXT_COLUMNS, "text")
-    reader = RowReader(Columns(image, text, codes), image_size, data.get("seed", 0))
+    text = None
+    if not (question or messages):
+        text = find_column(names, data.get("text_column"), TEXT_COLUMNS, "text")
+    if not with_pictures and text is None:
+        raise ValueError(f"which column holds the texts? Name it as text_column; the source's columns are {names}")
+    columns = Columns(image, text, codes, question, answer, messages)
+    reader = RowReader(columns, image_size, data.get("seed", 0))
     if isinstance(rows, Dataset):
         return SourceDataset(rows, reader, data.get("num_proc"))
     state = process_state()

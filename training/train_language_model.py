@@ -293,11 +293,14 @@ def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, 
         codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
         return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed)
     size = model.config.visual_config.image_size
-    others = [load_source(recipe[key], size) if recipe[key] else None for key in ("text_data", "instruction_data")]
-    if any(isinstance(other, SourceStream) for other in others):
+    texts = load_source(recipe["text_data"], size, with_pictures=False) if recipe["text_data"] else None
+    instructions = load_source(recipe["instruction_data"], size) if recipe["instruction_data"] else None
+    if isinstance(texts, SourceStream) or isinstance(instructions, SourceStream):
         raise ValueError("rows of text_data and instruction_data are drawn at random: they cannot be streamed")
     kind: type[SourceSamples] = SourceSampleStream if isinstance(pictures, SourceStream) else SourceSampleList
-    return kind(pictures, processor, recipe["mixture"], dropout, recipe["images_per_sample"], *others, seed)
+    return kind(
+        pictures, processor, recipe["mixture"], dropout, recipe["images_per_sample"], texts, instructions, seed
+    )
 
 
 def picture_size(recipe: dict) -> int:
