@@ -59,6 +59,24 @@ class LavitGrammarLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~torch.where(inside.unsqueeze(1), in_image, in_text), float("-inf"))
 
 
+class LavitRangeLogitsProcessor(LogitsProcessor):
+    """Allows the ids of some ranges alone.
+
+    Args:
+        ranges: (start, stop) of each.
+    """
+
+    supports_continuous_batching = True
+
+    def __init__(self, *ranges: tuple[int, int]):
+        self.ranges = ranges
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        ids = torch.arange(scores.shape[-1], device=scores.device)
+        allowed = torch.stack([(ids >= start) & (ids < stop) for start, stop in self.ranges]).any(0)
+        return scores.masked_fill(~allowed, float("-inf"))
+
+
 def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
     """One generator per drawn row.
 

@@ -11,7 +11,14 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
-from .decoding_lavit import Generators, LavitDecodingLoop, LavitDraw, LavitGrammarLogitsProcessor, image_state
+from .decoding_lavit import (
+    Generators,
+    LavitDecodingLoop,
+    LavitDraw,
+    LavitGrammarLogitsProcessor,
+    LavitRangeLogitsProcessor,
+    image_state,
+)
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 from .prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
 
@@ -228,7 +235,7 @@ class LavitGenerationMixin(GenerationMixin):
         vocabulary = self.config.vocabulary
         if drawn.reference_compat or "assistant_model" in call:
             # an assistant's own forward knows no logit_range
-            config.suppress_tokens = list(range(vocabulary.boi_token_id, self.config.text_config.vocab_size))
+            call["logits_processor"].append(LavitRangeLogitsProcessor((0, vocabulary.boi_token_id)))
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
 
@@ -314,8 +321,8 @@ class LavitGenerationMixin(GenerationMixin):
             # quirk 4: with visual ids in the prompts their length is the limit
             with_pictures = any((row >= vocabulary.visual_offset).any() for row in rows[:num_prompts])
             config.min_new_tokens, config.max_new_tokens = limits[0], num_ids - 1 if with_pictures else limits[1]
-            above = range(vocabulary.size, self.config.text_config.vocab_size)
-            config.suppress_tokens = [*range(3, vocabulary.boi_token_id), *above]
+            allowed = LavitRangeLogitsProcessor((0, 3), (vocabulary.boi_token_id, vocabulary.size))
+            call["logits_processor"].append(allowed)
             self._check_context(longest, 1)
         else:
             if image_mode:
@@ -431,16 +438,21 @@ class LavitGenerationMixin(GenerationMixin):
         """
         if generation_mode not in ("text", "image"):
             raise ValueError(f"generation_mode of generate_batch must be 'text' or 'image', got {generation_mode!r}")
-        vocabulary, num_ids = self.config.vocabulary, self.config.text_config.vocab_size
+        vocabulary = self.config.vocabulary
         config = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
-        if generation_mode == "text":
-            suppressed = range(vocabulary.boi_token_id, num_ids)
-        else:
-            suppressed = [*range(vocabulary.eoi_token_id), *range(vocabulary.size, num_ids)]
+        config.allowed_ids = (0, vocabulary.boi_token_id)
+        if generation_mode == "image":
+            config.allowed_ids = (vocabulary.eoi_token_id, vocabulary.size)
             config.eos_token_id = vocabulary.eoi_token_id
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
-        config.suppress_tokens = list(suppressed)
         return super().generate_batch(inputs, generation_config=config, **kwargs)
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # continuous batching takes no processors but those of its config
+        if hasattr(generation_config, "allowed_ids"):
+            processors.insert(0, LavitRangeLogitsProcessor(generation_config.allowed_ids))
+        return processors
 
     def split_segments(self, ids: torch.LongTensor | list[int]) -> list[tuple[str, torch.LongTensor]]:
         """One row of ids to its parts in order: `("text", ids)` and `("image", codes)`, codes from 0 on.

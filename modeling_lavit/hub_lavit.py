@@ -104,6 +104,53 @@ def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max
     _write_index_code_and_card(pipe, folder, {})
 
 
+class LavitSavingMixin:
+    """Saves and uploads a pipeline as one folder."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
+        """Saves everything as one folder that loads with the package and, by `trust_remote_code=True`, without it.
+
+        Args:
+            save_directory: created if it does not exist.
+            safe_serialization: always true: weights are saved as safetensors only.
+            variant: goes into the names of diffusers' weight files ("fp16"); the model's are looked up without.
+            max_shard_size: largest weight file ("5GB").
+            push_to_hub: also upload the folder; `kwargs` are those of [`push_to_hub`], `repo_id` is the
+                folder's name by default.
+        """
+        if not safe_serialization:
+            raise ValueError("weights are saved as safetensors only, safe_serialization=False is not possible")
+        if kwargs and not push_to_hub:
+            raise ValueError(f"{sorted(kwargs)} have a meaning with push_to_hub=True only")
+        save_folder(self, save_directory, variant=variant, max_shard_size=max_shard_size)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            push_folder(save_directory, repo_id, **kwargs)
+
+    def push_to_hub(self, repo_id: str, variant: str | None = None, **kwargs) -> str:
+        """Uploads everything as one repository, see [`save_pretrained`].
+
+        Args:
+            repo_id: "organisation/name"; created if it does not exist.
+            kwargs: `commit_message`, `private`, `token`, `create_pr`, `max_shard_size`.
+
+        Returns:
+            The URL of the commit.
+        """
+        max_shard_size = kwargs.pop("max_shard_size", None)
+        return push_folder(
+            lambda folder: save_folder(self, folder, variant=variant, max_shard_size=max_shard_size), repo_id, **kwargs
+        )
+
+
 def describe_folder(pipe, folder: str | os.PathLike, **card):
     """Writes everything that [`save_folder`] writes but the weights: the models may be on the meta device.
 

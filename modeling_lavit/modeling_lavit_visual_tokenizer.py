@@ -3,6 +3,7 @@
 Legend: B images, N patches, C width, K codes in the codebook, D their dimension, n kept patches of one image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,20 @@ class LavitVisualTokens(ModelOutput):
     def split(self) -> tuple[torch.LongTensor, ...]:
         """The codes of each image, a 1-D tensor each."""
         return self.codes.split(self.lengths.tolist())
+
+    @classmethod
+    def join(cls, rows: Sequence[torch.LongTensor]) -> "LavitVisualTokens":
+        """The opposite of [`split`]: from the codes of each image.
+
+        Raises:
+            ValueError: there is no row, or one is not 1-D.
+        """
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        if not rows or any(row.ndim != 1 for row in rows):
+            raise ValueError(
+                "visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes for each image"
+            )
+        return cls(codes=torch.cat(rows), lengths=torch.tensor([len(row) for row in rows]))
 
 
 @dataclass

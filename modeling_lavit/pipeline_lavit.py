@@ -16,9 +16,10 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .denoising_lavit import IntervalUNet, LavitDenoiser, MaskedUNet, TokenObserver
-from .hub_lavit import push_folder, save_folder
+from .hub_lavit import LavitSavingMixin
 from .modeling_lavit_detokenizer import LavitDetokenizer
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
+from .prompts_lavit import Prompt, as_batch
 
 
 # (height, width) of the official high-resolution decoder
@@ -31,7 +32,6 @@ ASPECT_RATIOS = {
     "3:4": (1152, 896),
 }
 
-Prompt = str | Image.Image | list
 LOADING_OPTIONS = (
     "cache_dir",
     "dtype",
@@ -59,7 +59,7 @@ class LavitPipelineOutput(BaseOutput):
     nsfw_content_detected: list[bool] | None = None
 
 
-class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLoraLoaderMixin):
+class LavitPipeline(LavitSavingMixin, DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLoraLoaderMixin):
     """Draws pictures from prompts of text and pictures, in two stages that can be used apart.
 
     ```python
@@ -185,49 +185,6 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
             kwargs.setdefault("aspect_ratios", None)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ):
-        """Saves everything as one folder that loads with the package and, by `trust_remote_code=True`, without it.
-
-        Args:
-            save_directory: created if it does not exist.
-            safe_serialization: always true: weights are saved as safetensors only.
-            variant: goes into the names of diffusers' weight files ("fp16"); the model's are looked up without.
-            max_shard_size: largest weight file ("5GB").
-            push_to_hub: also upload the folder; `kwargs` are those of [`~LavitPipeline.push_to_hub`], `repo_id` is the
-                folder's name by default.
-        """
-        if not safe_serialization:
-            raise ValueError("weights are saved as safetensors only, safe_serialization=False is not possible")
-        if kwargs and not push_to_hub:
-            raise ValueError(f"{sorted(kwargs)} have a meaning with push_to_hub=True only")
-        save_folder(self, save_directory, variant=variant, max_shard_size=max_shard_size)
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            push_folder(save_directory, repo_id, **kwargs)
-
-    def push_to_hub(self, repo_id: str, variant: str | None = None, **kwargs) -> str:
-        """Uploads everything as one repository, see [`~LavitPipeline.save_pretrained`].
-
-        Args:
-            repo_id: "organisation/name"; created if it does not exist.
-            kwargs: `commit_message`, `private`, `token`, `create_pr`, `max_shard_size`.
-
-        Returns:
-            The URL of the commit.
-        """
-        max_shard_size = kwargs.pop("max_shard_size", None)
-        return push_folder(
-            lambda folder: save_folder(self, folder, variant=variant, max_shard_size=max_shard_size), repo_id, **kwargs
-        )
-
     def check_inputs(
         self,
         prompt: Prompt | None,
@@ -303,7 +260,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         Raises:
             ValueError: an empty prompt, a wrong number of generators, a prompt longer than the context.
         """
-        prompts = _as_batch(prompt)
+        prompts = as_batch(prompt)
         self._check_generators(generator, len(prompts) * num_images_per_prompt)
         if guidance_scale is None:
             scales = [
@@ -331,7 +288,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
                         **generate_kwargs,
                     )
                     rows |= dict(zip(images, part.split(), strict=True))
-                return _pack([rows[i] for i in range(len(rows))])
+                return LavitVisualTokens.join([rows[i] for i in range(len(rows))])
             guidance_scale = scales[0]
         inputs = self._encode_prompts(prompts, reference_compat).to(self._execution_device)
         max_image_tokens = max_image_tokens or min(200, self.detokenizer.config.num_queries)
@@ -498,7 +455,7 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
         elif token_kwargs:
             raise ValueError(f"{sorted(token_kwargs)} are of the stage that visual_tokens replace")
         elif isinstance(visual_tokens, list):
-            visual_tokens = _pack(visual_tokens)
+            visual_tokens = LavitVisualTokens.join(visual_tokens)
         batch_size = len(visual_tokens.lengths) * num_images_per_prompt
         self._check_generators(generator, batch_size)
 
@@ -597,32 +554,3 @@ class LavitPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionXLLo
     def _check_generators(self, generator: torch.Generator | list[torch.Generator] | None, count: int):
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{count} images are drawn, but {len(generator)} generators given: one for each image")
-
-
-def _as_batch(prompt: Prompt) -> list[list[str | Image.Image]]:
-    """One list of text and pictures for each prompt."""
-    if isinstance(prompt, str | Image.Image):
-        prompts = [[prompt]]
-    elif not isinstance(prompt, list) or not prompt:
-        raise ValueError(f"prompt must be a string, a picture or a non-empty list of them, got {prompt!r:.80}")
-    elif all(isinstance(part, list) for part in prompt):
-        prompts = prompt
-    elif all(isinstance(part, str) for part in prompt):
-        prompts = [[part] for part in prompt]
-    else:
-        prompts = [prompt]
-    for i, parts in enumerate(prompts):
-        wrong = [type(part).__name__ for part in parts if not isinstance(part, str | Image.Image)]
-        if wrong:
-            raise ValueError(f"prompt {i} holds {', '.join(wrong)}: a prompt is made of strings and PIL images")
-        if not any(not isinstance(part, str) or part.strip() for part in parts):
-            raise ValueError(f"prompt {i} is empty: it needs text or a picture")
-    return prompts
-
-
-def _pack(rows: list[torch.Tensor]) -> LavitVisualTokens:
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    if not rows or any(row.ndim != 1 for row in rows):
-        raise ValueError("visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes for each image")
-    lengths = torch.tensor([len(row) for row in rows])
-    return LavitVisualTokens(codes=torch.cat(rows), lengths=lengths, keep_mask=None, keep_logprobs=None)
