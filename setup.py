@@ -50,7 +50,7 @@ setup(
         "train": ["datasets", "matplotlib", "peft", "resvg_py", "pyyaml"],
         "app": ["gradio"],
         "ray": ["ray[data]"],
-        "dev": ["peft", "pytest", "pytest-xdist", "ray[data]", "ruff", "setuptools"],
+        "dev": ["peft", "pytest", "pytest-xdist", "ray[data]", "ruff", "setuptools", "torchao"],
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],

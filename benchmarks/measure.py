@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +42,17 @@ class Way:
 
 @dataclass
 class Comparison:
-    """Two ways, and by how much the first should be faster; `bar` is the least ratio asked for."""
+    """Two ways, and by how much the first should be faster.
+
+    Args:
+        bar: the least ratio asked for.
+        resources: what both ways hold outside this process.
+    """
 
     ours: Way
     other: Way
     bar: float | None = None
+    resources: ExitStack = field(default_factory=ExitStack)
 
     def measure(self, repeats: int):
         """Runs both in turn, so that whatever else the machine does falls on both; the first run of each is not
@@ -55,6 +62,11 @@ class Comparison:
         for _ in range(repeats):
             self.ours.time_once()
             self.other.time_once()
+
+    def release(self):
+        """Lets go of the models and processes that were measured."""
+        self.ours.run = self.other.run = None
+        self.resources.close()
 
     @property
     def ratio(self) -> float:
@@ -91,3 +103,7 @@ class Curve:
             for way in ways.values():
                 way.time_once()
         self.seconds = {size: way.median for size, way in ways.items()}
+
+    def release(self):
+        """Lets go of the models that were measured."""
+        self.points = {}

@@ -1,15 +1,16 @@
 """The rows of the benchmark. Each builds two ways of one thing; widths are those of the official checkpoints."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from torch import nn
 from transformers import CompileConfig, GenerationConfig, GenerationMixin, LlamaConfig
 
-from benchmarks import reference_like
+from benchmarks import earlier, reference_like
 from benchmarks.measure import Comparison, Curve, Way
 from modeling_lavit import (
     LavitConfig,
@@ -188,7 +189,9 @@ def encoder_bfloat16(options: Options) -> Comparison:
 
 
 def _encoder_and_matmul(options: Options, dtype: torch.dtype) -> Comparison:
-    config = visual_config(options, merger_num_hidden_layers=1)
+    # a layer's arithmetic per second does not depend on how many there are, if they exceed the cache
+    layers = min(8, options.encoder_layers)
+    config = visual_config(options, merger_num_hidden_layers=1, num_hidden_layers=layers)
     tokenizer = _tokenizer(config, dtype)
     pixel_values = random_pictures(1)
     tokens = config.num_patches + 1
@@ -307,18 +310,30 @@ def guessing_ahead(options: Options) -> Comparison:
 
 
 @row
+def plain_steps(options: Options) -> Comparison:
+    """Visual tokens with guidance, the embedded checkpoint"""
+    pipe = _pipeline(options)
+
+    def tokens(plain: bool):
+        pipe.model.uses_plain_steps = plain
+        pipe.generate_visual_tokens(PROMPT, generator=torch.Generator().manual_seed(0))
+
+    return Comparison(
+        Way("a Llama's arithmetic alone", lambda: tokens(True)), Way("its modules", lambda: tokens(False))
+    )
+
+
+@row
 def solver(options: Options) -> Comparison:
     """Pixels from visual tokens, the embedded checkpoint"""
-    pipe, faster = _pipeline(options), _pipeline(options)
-    faster.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    tokens, steps = [torch.arange(40)], pipe.config.default_num_inference_steps
-    return Comparison(
-        Way(
-            f"DPM-Solver++ 2M, {steps // 2} steps",
-            lambda: faster(visual_tokens=tokens, num_inference_steps=steps // 2),
-        ),
-        Way(f"{type(pipe.scheduler).__name__}, {steps} steps", lambda: pipe(visual_tokens=tokens)),
-    )
+    tokens = [torch.arange(40)]
+
+    def way(name: str, scheduler: type, steps: int) -> Way:
+        pipe = _pipeline(options)
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        return Way(f"{name}, {steps} steps", lambda: pipe(visual_tokens=tokens, num_inference_steps=steps))
+
+    return Comparison(way("UniPC", UniPCMultistepScheduler, 5), way("DDIM", DDIMScheduler, 10))
 
 
 @row
@@ -331,6 +346,32 @@ def guidance_interval(options: Options) -> Comparison:
             lambda: pipe(visual_tokens=tokens, decoder_guidance_interval=(0.0, 0.5)),
         ),
         Way("in all", lambda: pipe(visual_tokens=tokens)),
+    )
+
+
+PROMPTS = ("red apple", "sunflower", "tiger face in noto style", "pizza")
+
+
+@row
+def text_to_image(options: Options) -> Comparison:
+    """Text to picture of the embedded checkpoint, one picture after the other"""
+    return _today_and_first([[prompt] for prompt in PROMPTS], bar=2)
+
+
+@row
+def text_to_image_batch(options: Options) -> Comparison:
+    """Text to picture of the embedded checkpoint, eight pictures at once"""
+    return _today_and_first([[*PROMPTS, *PROMPTS]])
+
+
+def _today_and_first(batches: list[list[str]], bar: float | None = None) -> Comparison:
+    resources = ExitStack()
+    today, first = earlier.today_and_first(resources)
+    return Comparison(
+        Way("now", lambda: today.draw(batches)),
+        Way("at the end of the first issue", lambda: first.draw(batches)),
+        bar,
+        resources,
     )
 
 

@@ -3,13 +3,14 @@
     python -m benchmarks.run [--only ROW ...] [--repeats 5] [--output FOLDER]
 
 Prints a table; with `--output` writes it as `benchmark.md`, with the machine's description, and its plot as
-`benchmark.png`. `--list` names the rows. All models but the embedded checkpoint have random weights.
+`benchmark.png`, after every row. `--list` names the rows. All models but the embedded checkpoint have random weights.
 """
 
 import argparse
 import gc
 import os
 import platform
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -17,12 +18,14 @@ import diffusers
 import torch
 import transformers
 
+from benchmarks.earlier import Skipped
 from benchmarks.measure import Comparison, Curve
 from benchmarks.memory import peak_memory
 from benchmarks.rows import CURVES, ROWS, Options
 
 
 MEMORY = "memory"
+CURVE_REPEATS = 2
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,36 +38,55 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     diffusers.logging.set_verbosity_error()
     sizes = Options(**{name: getattr(options, name) for name in Options.__dataclass_fields__})
-    chosen = options.only or names
-    comparisons: dict[str, Comparison] = {}
-    curves: dict[str, Curve] = {}
+    results = Results(options)
     with torch.no_grad():
-        for name in chosen:
+        for name in options.only or names:
             if name == MEMORY:
-                continue
-            table, builders = (comparisons, ROWS) if name in ROWS else (curves, CURVES)
-            table[name] = builders[name](sizes)
-            table[name].measure(options.repeats)
-            print(name, describe(table[name]), flush=True)
-            release(table[name])
-    peaks = peak_memory(options.checkpoint) if MEMORY in chosen else {}
+                results.peaks = peak_memory(options.checkpoint)
+            else:
+                try:
+                    measured = (ROWS | CURVES)[name](sizes)
+                except Skipped as reason:
+                    results.skipped[name] = str(reason)
+                    print(name, f"skipped: {reason}", flush=True)
+                else:
+                    measured.measure(options.repeats if name in ROWS else min(options.repeats, CURVE_REPEATS))
+                    print(name, describe(measured), flush=True)
+                    measured.release()
+                    gc.collect()
+                    (results.comparisons if name in ROWS else results.curves)[name] = measured
+            results.write()
+    print(results.report())
 
-    report = "\n\n".join(
-        part
-        for part in (
-            machine(options),
-            comparison_table(comparisons) if comparisons else None,
-            curve_table(curves) if curves else None,
-            memory_table(peaks) if peaks else None,
+
+@dataclass
+class Results:
+    """What is measured so far. It is written after every row: a run that is cut short loses none."""
+
+    options: argparse.Namespace
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    peaks: dict[str, list[float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def report(self) -> str:
+        parts = (
+            machine(self.options),
+            comparison_table(self.comparisons) if self.comparisons else None,
+            curve_table(self.curves) if self.curves else None,
+            memory_table(self.peaks) if self.peaks else None,
+            *(f"Skipped: {name}. {reason}" for name, reason in self.skipped.items()),
         )
-        if part
-    )
-    print(report)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "benchmark.md").write_text(f"# Benchmark\n\n{report}\n")
-        if comparisons:
-            plot(comparisons, options.output / "benchmark.png")
+        return "\n\n".join(part for part in parts if part)
+
+    def write(self) -> None:
+        folder = self.options.output
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "benchmark.md").write_text(f"# Benchmark\n\n{self.report()}\n")
+        if self.comparisons:
+            plot(self.comparisons, folder / "benchmark.png")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -87,15 +109,6 @@ def describe(measured: Comparison | Curve) -> str:
     return f"{measured.ratio:.2f} ({least:.2f} to {most:.2f})"
 
 
-def release(measured: Comparison | Curve) -> None:
-    """Frees the models that a measured row holds."""
-    if isinstance(measured, Curve):
-        measured.points = {}
-    else:
-        measured.ours.run = measured.other.run = None
-    gc.collect()
-
-
 def machine(options: argparse.Namespace) -> str:
     """What the numbers were taken on."""
     processor = platform.processor() or platform.machine()
@@ -108,8 +121,8 @@ def machine(options: argparse.Namespace) -> str:
     return (
         f"{date.today()}: {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python "
         f"{platform.python_version()}, {versions}. Load of the machine at the end: {os.getloadavg()[0]:.1f}. Medians "
-        f"of {options.repeats} interleaved repeats; {sizes}, language model {options.language_layers}; "
-        f"{options.new_tokens} tokens a drawing."
+        f"of {options.repeats} interleaved repeats, of curves {min(options.repeats, CURVE_REPEATS)}; {sizes}, "
+        f"language model {options.language_layers}; {options.new_tokens} tokens a drawing."
     )
 
 

@@ -332,7 +332,9 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         start, stop = logit_range
         if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
             num_ids = self.lm_head.weight.shape[0]
-            logits = F.linear(hidden_states, self.lm_head.weight[start:stop])
+            # the product in this order: for a few rows MKL's other one takes three times as long (float32, 4097 ids)
+            rows = hidden_states.flatten(0, -2)
+            logits = (self.lm_head.weight[start:stop] @ rows.T).T.unflatten(0, hidden_states.shape[:-1])
             return F.pad(logits, (start, num_ids - stop), value=float("-inf"))
         logits = self.lm_head(hidden_states)
         ids = torch.arange(logits.shape[-1], device=logits.device)

@@ -125,8 +125,9 @@ class LavitDetokenizer(StrictLoadingMixin, PreTrainedModel):
                 "ids of the language model have the visual offset added"
             )
         mask = torch.arange(max(longest, 1), device=lengths.device) < lengths[:, None]
-        vectors = self.codebook.weight.new_zeros(*mask.shape, self.config.codebook_dim)
-        vectors[mask] = self.codebook(codes)
+        found = self.codebook(codes)
+        vectors = found.new_zeros(*mask.shape, self.config.codebook_dim)
+        vectors[mask] = found
         return vectors, mask
 
     def decode(self, vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -159,14 +160,18 @@ class LavitDetokenizer(StrictLoadingMixin, PreTrainedModel):
         """
         return self.conditions(self.decode(*self.pad(codes, lengths)))
 
-    def unconditional(self, batch_size: int) -> LavitDetokenizerOutput:
-        """The conditions of the unconditional stream: zeros, or (lowres) the learnt rows, zero-padded and masked."""
+    def unconditional(self, batch_size: int, device: torch.device | None = None) -> LavitDetokenizerOutput:
+        """The conditions of the unconditional stream: zeros, or (lowres) the learnt rows, zero-padded and masked.
+
+        `device` is the model's own by default; weights that are offloaded have none.
+        """
+        device = device or self.device
         queries, width = self.config.num_queries, sum(self.config.prompt_embed_dims)
-        prompt_embeds = torch.zeros(batch_size, queries, width, dtype=self.dtype, device=self.device)
+        prompt_embeds = torch.zeros(batch_size, queries, width, dtype=self.dtype, device=device)
         if self.config.variant == "highres":
-            pooled = torch.zeros(batch_size, self.config.pooled_embed_dim, dtype=self.dtype, device=self.device)
+            pooled = torch.zeros(batch_size, self.config.pooled_embed_dim, dtype=self.dtype, device=device)
             return LavitDetokenizerOutput(prompt_embeds, pooled)
         learnt = min(queries, self.config.num_unconditional_tokens)
         prompt_embeds[:, :learnt] = self.unconditional_embedding[:learnt].to(self.dtype)
-        mask = (torch.arange(queries, device=self.device) < learnt).expand(batch_size, -1)
+        mask = (torch.arange(queries, device=device) < learnt).expand(batch_size, -1)
         return LavitDetokenizerOutput(prompt_embeds, attention_mask=mask)

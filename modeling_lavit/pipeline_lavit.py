@@ -334,7 +334,9 @@ class LavitPipeline(LavitSavingMixin, DiffusionPipeline, StableDiffusionMixin, S
         device = self._execution_device
         lengths = torch.tensor([len(codes) for codes in rows], device=device)
         cond = self.detokenizer(torch.cat(rows).to(device), lengths)
-        uncond = self.detokenizer.unconditional(len(rows))
+        if hasattr(self.detokenizer, "_hf_hook"):
+            self.detokenizer._hf_hook.pre_forward(self.detokenizer)
+        uncond = self.detokenizer.unconditional(len(rows), device)
         mask = None
         if uncond.attention_mask is not None:
             mask = torch.cat([uncond.attention_mask, cond.attention_mask]).to(device)

@@ -126,5 +126,8 @@ def llama_step(
 
 
 def _norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    if hidden_states.dtype == torch.float32:
+        return F.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    # Llama's norm rounds before it multiplies
     normed = F.rms_norm(hidden_states.float(), norm.weight.shape, eps=norm.variance_epsilon)
     return norm.weight * normed.to(hidden_states.dtype)

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig
@@ -422,6 +423,31 @@ def test_group_offload_changes_no_result(highres):
         each.reconstruct(picture(), generator=seed(1), output_type="latent").images for each in (fresh, highres)
     )
     torch.testing.assert_close(again, wanted)
+
+
+def test_sequential_offload_changes_no_result(pipe):
+    """With accelerate's hooks as `enable_sequential_cpu_offload` sets them; that itself refuses the CPU."""
+    fresh = make_pipe(pipe.detokenizer.config.variant)
+    modules = [component for component in fresh.components.values() if isinstance(component, torch.nn.Module)]
+    for module in modules:
+        cpu_offload(module, torch.device("cpu"), offload_buffers=len(module._parameters) > 0)
+    assert {weight.device.type for module in modules for weight in module.parameters()} == {"meta"}
+    for arguments in ({"prompt": "a cat"}, {"prompt": [picture(), "in snow"]}):
+        drawn, wanted = (latents_of(each, generator=seed(1), **arguments) for each in (fresh, pipe))
+        torch.testing.assert_close(drawn, wanted)
+
+
+def test_large_pictures_are_decoded_in_tiles(highres):
+    fresh = make_pipe()
+    settings = {"visual_tokens": codes(4, 5), "generator": seed(0), "height": 32, "width": 32}
+    whole = fresh(output_type="pt", **settings).images
+    fresh.vae.enable_tiling()
+    tiled = fresh(output_type="pt", **settings | {"generator": seed(0)}).images
+    latents = fresh(output_type="latent", **settings | {"generator": seed(0)}).images
+    with torch.no_grad():
+        wanted = fresh.vae.tiled_decode(latents / fresh.vae.config.scaling_factor).sample
+    torch.testing.assert_close(tiled, (wanted / 2 + 0.5).clamp(0, 1))
+    assert not torch.allclose(tiled, whole)
 
 
 def test_drawing_from_text_can_leave_the_encoder_out(highres, tmp_path):
