@@ -231,13 +231,25 @@ def test_ray_finishes_the_shards_of_another_job(source, checkpoint, whole, tmp_p
     for shard in (0, 1, 3, SHARDS - 1):
         (output / f"shard-{shard:05d}.parquet").unlink()
     before = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
+        start(ray)
         assert tokenize(*source, *SIZES, "--ray", "1", "--output", str(output), "--model", checkpoint) == 0
     finally:
         ray.shutdown()
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert contents(output) == contents(whole)
+
+
+def start(ray, attempts: int = 3) -> None:
+    """Starts Ray here. It gives itself 30 seconds, which on a busy machine may not be enough."""
+    for attempt in range(attempts):
+        try:
+            ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == attempts - 1:
+                raise
 
 
 def test_without_ray_the_option_says_what_to_install(checkpoint, tmp_path, monkeypatch, capsys):
