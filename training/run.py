@@ -33,6 +33,17 @@ STAGES = {
 }
 
 
+class EpochCallback(TrainerCallback):
+    """Tells the data set its epoch: with several ranks the trainer's data loader does not."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
 class RecipeLoader(yaml.SafeLoader):
     """YAML in which `1e-4` is a number, as everyone means it."""
 
@@ -129,7 +140,7 @@ def run(stage: str, recipe: dict) -> None:
         args=arguments,
         train_dataset=dataset,
         data_collator=getattr(dataset, "collate", collate_pictures),
-        callbacks=[JsonLinesCallback(), *callbacks],
+        callbacks=[JsonLinesCallback(), EpochCallback(dataset), *callbacks],
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(Path(arguments.output_dir)))
     with alone():
