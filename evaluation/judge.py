@@ -78,7 +78,15 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Judge":
-        labels = json.loads((Path(folder) / "judge.json").read_text())
+        """Loads what [`save`] wrote.
+
+        Raises:
+            OSError: there is none.
+        """
+        path = Path(folder) / "judge.json"
+        if not path.is_file():
+            raise OSError(f"there is no judge at {folder} (no judge.json): lavit train judge makes one")
+        labels = json.loads(path.read_text())
         judge = cls(**labels)
         tensors = load_file(Path(folder) / "judge.safetensors")
         judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})

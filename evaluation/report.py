@@ -194,10 +194,11 @@ def mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from ..pipeline_lavit import LavitPipeline
+    from ..cli import check_outputs, load_pipeline
 
     parser = argparse.ArgumentParser(prog="lavit evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--model", help="checkpoint folder, or repository (default: the embedded checkpoint)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
     parser.add_argument("--data", required=True, help="image folder with name, style and split columns")
     parser.add_argument("--judge", required=True, help="folder of the judge")
     parser.add_argument("--count", type=int, default=200, help="pictures of the train split (default 200)")
@@ -206,9 +207,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, help="PNG: prompts, originals, drawings, reconstructions")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    pipe = LavitPipeline.from_pretrained(options.model, torch_dtype=torch.float32)
+    judge = Judge.load(options.judge)
+    check_outputs([options.sheet] if options.sheet else [])
+    pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
-    report, pictures = evaluate(pipe, Judge.load(options.judge), options.data, options.count, options.seeds)
+    report, pictures = evaluate(pipe, judge, options.data, options.count, options.seeds)
     text = json.dumps(report, indent=1)
     print(text)
     if options.output:

@@ -5,7 +5,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..cli import Parser, _check_outputs, _load_pipeline, _load_reader, _model_source, _positive, _save, _seed
+from ..cli import (
+    Parser,
+    check_outputs,
+    load_pipeline,
+    load_reader,
+    model_source,
+    positive_number,
+    save_pictures,
+    seed_number,
+)
 
 
 COLOURS = 256  # of a sheet, which keeps its file small
@@ -46,7 +55,11 @@ def build_parser() -> Parser:
         help="of the log, or keep_rate: kept patches as a share of the model's; or all (default: loss and keep_rate)",
     )
     kind.add_argument(
-        "--smooth", type=_positive, default=1, metavar="N", help="draw the median of N records too (default: 1, none)"
+        "--smooth",
+        type=positive_number,
+        default=1,
+        metavar="N",
+        help="draw the median of N records too (default: 1, none)",
     )
 
     def add_of_pictures(name: str, run, description: str, example: str, count: int | None, size: int) -> Parser:
@@ -56,13 +69,13 @@ def build_parser() -> Parser:
         )
         kind.add_argument(
             "--count",
-            type=_positive,
+            type=positive_number,
             default=count,
             help=f"pictures, at random where there are more (default: {count or 'all'})",
         )
-        kind.add_argument("--seed", type=_seed, default=0, help="of what is random (default: 0)")
+        kind.add_argument("--seed", type=seed_number, default=0, help="of what is random (default: 0)")
         kind.add_argument(
-            "--size", type=_positive, default=size, help=f"side of a picture in pixels (default: {size})"
+            "--size", type=positive_number, default=size, help=f"side of a picture in pixels (default: {size})"
         )
         kind.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
         return kind
@@ -77,7 +90,9 @@ def build_parser() -> Parser:
     )
     which = kind.add_mutually_exclusive_group()
     which.add_argument("--codes", nargs="+", type=int, metavar="CODE", help="codes to show")
-    which.add_argument("--top", type=_positive, default=12, help="show this many, the most used ones (default: 12)")
+    which.add_argument(
+        "--top", type=positive_number, default=12, help="show this many, the most used ones (default: 12)"
+    )
     add_of_pictures(
         "reconstructions",
         reconstructions,
@@ -109,7 +124,7 @@ def curves(options: argparse.Namespace) -> Image.Image:
 
     from .curves import draw_curves, read_run, run_names
 
-    num_patches = AutoConfig.from_pretrained(_model_source(options)).visual_config.num_patches
+    num_patches = AutoConfig.from_pretrained(model_source(options)).visual_config.num_patches
     runs = [read_run(source, num_patches) for source in options.runs]
     return draw_curves(dict(zip(run_names(options.runs), runs, strict=True)), options.metrics, options.smooth)
 
@@ -119,7 +134,7 @@ def codebook(options: argparse.Namespace) -> Image.Image:
     from .pictures import codebook_sheet, find_pictures
 
     paths = find_pictures(options.data, options.count, options.seed)
-    model, processor = _load_reader(options)
+    model, processor = load_reader(options)
     tokenizer, prepare = model.model.visual_tokenizer, processor.image_processor
     return codebook_sheet(tokenizer, prepare, paths, options.codes, options.top, size=options.size).quantize(COLOURS)
 
@@ -129,7 +144,7 @@ def reconstructions(options: argparse.Namespace) -> Image.Image:
     from .pictures import find_pictures, reconstructions_sheet
 
     paths = find_pictures(options.data, options.count, options.seed)
-    return reconstructions_sheet(_load_pipeline(options), paths, options.seed, options.size).quantize(COLOURS)
+    return reconstructions_sheet(load_pipeline(options), paths, options.seed, options.size).quantize(COLOURS)
 
 
 def kept(options: argparse.Namespace) -> Image.Image:
@@ -137,7 +152,7 @@ def kept(options: argparse.Namespace) -> Image.Image:
     from .pictures import find_pictures, kept_sheet
 
     paths = find_pictures(options.data, options.count, options.seed)
-    model, processor = _load_reader(options)
+    model, processor = load_reader(options)
     tokenizer, prepare = model.model.visual_tokenizer, processor.image_processor
     return kept_sheet(tokenizer, prepare, paths, options.keep_ratio, options.size).quantize(COLOURS)
 
@@ -147,5 +162,5 @@ def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     if options.output.suffix.lower() != ".png":
         raise ValueError(f"{options.output} has not the ending .png")
-    _check_outputs([options.output])
-    _save([options.run(options)], [options.output])
+    check_outputs([options.output])
+    save_pictures([options.run(options)], [options.output])

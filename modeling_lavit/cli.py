@@ -97,10 +97,10 @@ def build_parser() -> Parser:
     command.add_argument(
         "--style-image", metavar="IMG", help='a picture in front of the text, for prompts like "in flat style"'
     )
-    command.add_argument("--n", type=_positive, default=1, help="number of pictures (default: 1)")
+    command.add_argument("--n", type=positive_number, default=1, help="number of pictures (default: 1)")
     command.add_argument(
         "--seed",
-        type=_seed,
+        type=seed_number,
         help="picture i is drawn with seed + i, the same at any --n (default: a new one, which is printed)",
     )
     command.add_argument(
@@ -160,11 +160,14 @@ def build_parser() -> Parser:
     group.add_argument("--split", help="of the source (default: train)")
     group.add_argument("--image-column", metavar="NAME", help="default: image, jpg, png or webp")
     group.add_argument("--streaming", action="store_true", default=None, help="read files while tokenizing them")
-    group.add_argument("--batch-size", type=_positive, metavar="N", help="pictures at once (default: 64)")
-    group.add_argument("--shard-size", type=_positive, metavar="N", help="rows for each file (default: 4096)")
+    group.add_argument("--batch-size", type=positive_number, metavar="N", help="pictures at once (default: 64)")
+    group.add_argument("--shard-size", type=positive_number, metavar="N", help="rows for each file (default: 4096)")
     group.add_argument("--keep-images", action="store_true", default=None, help="write the pictures too")
     group.add_argument(
-        "--ray", type=_positive, metavar="N", help="run as a Ray Data job of N workers, where RAY_ADDRESS says or here"
+        "--ray",
+        type=positive_number,
+        metavar="N",
+        help="run as a Ray Data job of N workers, where RAY_ADDRESS says or here",
     )
 
     command = add(
@@ -176,7 +179,7 @@ def build_parser() -> Parser:
     )
     command.add_argument("image", metavar="IMG", help="a picture")
     command.add_argument("-o", "--output", type=Path, required=True, help="file to write")
-    command.add_argument("--seed", type=_seed, default=0, help="of the noise (default: 0)")
+    command.add_argument("--seed", type=seed_number, default=0, help="of the noise (default: 0)")
     _add_keep_ratio(command)
     _add_decoding_options(command)
 
@@ -225,9 +228,9 @@ def generate(options: argparse.Namespace):
     outputs = [options.output]
     if options.n > 1:
         outputs = [options.output.with_stem(f"{options.output.stem}-{i}") for i in range(options.n)]
-    _check_outputs(outputs)
+    check_outputs(outputs)
     style_image = _load_image(options.style_image) if options.style_image else None
-    pipe = _load_pipeline(options)
+    pipe = load_pipeline(options)
     seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
     images = pipe(
         options.prompt if style_image is None else [style_image, options.prompt],
@@ -237,7 +240,7 @@ def generate(options: argparse.Namespace):
         aspect_ratio=options.aspect_ratio,
         **_decoding(options),
     ).images
-    _save(images, outputs, options.enlarge)
+    save_pictures(images, outputs, options.enlarge)
     if options.seed is None:
         print(f"drawn with --seed {seed}", file=sys.stderr)
 
@@ -247,7 +250,7 @@ def caption(options: argparse.Namespace):
     from tqdm import tqdm
 
     images = [_load_image(source) for source in options.images]
-    model, processor = _load_reader(options)
+    model, processor = load_reader(options)
     progress = tqdm(images, disable=len(images) == 1, desc="captions")
     for source, image in zip(options.images, progress, strict=True):
         inputs = processor(images=image)
@@ -259,7 +262,7 @@ def caption(options: argparse.Namespace):
 def ask(options: argparse.Namespace):
     """`lavit ask`"""
     image = _load_image(options.image)
-    model, processor = _load_reader(options)
+    model, processor = load_reader(options)
     inputs = processor(images=image, text=f"<image>Question: {options.question} Answer:")
     ids = model.generate(**inputs, generation_preset="answer")
     print(_one_line(processor.post_process_answer(ids, input_ids=inputs.input_ids)[0]))
@@ -275,9 +278,9 @@ def tokenize(options: argparse.Namespace):
         raise ValueError(f"--{given[0].replace('_', '-')} goes with --dataset")
     if options.show and len(options.images) > 1:
         raise ValueError(f"--show takes one picture, got {len(options.images)}")
-    _check_outputs([options.show] if options.show else [])
+    check_outputs([options.show] if options.show else [])
     images = [_load_image(source) for source in options.images]
-    model, processor = _load_reader(options)
+    model, processor = load_reader(options)
     from modeling_lavit.show_lavit import show_kept_patches
 
     tokenizer = model.model.visual_tokenizer
@@ -301,7 +304,7 @@ def tokenize(options: argparse.Namespace):
         else:
             print(f"{prefix}codes:", *tokens.codes.tolist())
         if options.show:
-            _save([show_kept_patches(image, tokens.keep_mask[0])], [options.show])
+            save_pictures([show_kept_patches(image, tokens.keep_mask[0])], [options.show])
     if options.compare_kept_only and len(images) > 1:
         print(f"{changed} of {total} codes ({changed / total:.2%}) change with kept tokens only")
 
@@ -314,7 +317,7 @@ def _tokenize_dataset(options: argparse.Namespace):
     if options.output.is_file():
         raise ValueError(f"{options.output} is a file: give the name of a folder")
     given = {name: value for name in DATASET_OPTIONS if (value := getattr(options, name)) is not None}
-    given |= {"model": _model_source(options, ("lavit", "lavit_visual_tokenizer")), "keep_ratio": options.keep_ratio}
+    given |= {"model": model_source(options, ("lavit", "lavit_visual_tokenizer")), "keep_ratio": options.keep_ratio}
     if workers := given.pop("ray", None):
         from modeling_lavit.training.tokenize_ray import tokenize_with_ray
 
@@ -332,24 +335,24 @@ def _tokenize_dataset(options: argparse.Namespace):
 
 def reconstruct(options: argparse.Namespace):
     """`lavit reconstruct`"""
-    _check_outputs([options.output])
+    check_outputs([options.output])
     image = _load_image(options.image)
-    pipe = _load_pipeline(options)
+    pipe = load_pipeline(options)
     images = pipe.reconstruct(
         image, keep_ratio=options.keep_ratio, generator=_generators(options.seed, 1), **_decoding(options)
     ).images
-    _save(images, [options.output], options.enlarge)
+    save_pictures(images, [options.output], options.enlarge)
 
 
 def app(options: argparse.Namespace):
     """`lavit app`"""
     from modeling_lavit.app_lavit import build_app
 
-    build_app(_load_pipeline(options)).launch()
+    build_app(load_pipeline(options)).launch()
 
 
 def _add_decoding_options(command: Parser):
-    command.add_argument("--steps", type=_positive, help="denoising steps (default: the checkpoint's)")
+    command.add_argument("--steps", type=positive_number, help="denoising steps (default: the checkpoint's)")
     command.add_argument(
         "--decoder-guidance-scale",
         type=float,
@@ -357,7 +360,7 @@ def _add_decoding_options(command: Parser):
         help="how closely pixels follow the visual tokens; 1 is no guidance (default: the checkpoint's)",
     )
     command.add_argument(
-        "--enlarge", type=_positive, default=1, metavar="K", help="write pictures K times as large (default: 1)"
+        "--enlarge", type=positive_number, default=1, metavar="K", help="write pictures K times as large (default: 1)"
     )
 
 
@@ -380,13 +383,13 @@ def _text(value: str) -> str:
     return value
 
 
-def _positive(value: str) -> int:
+def positive_number(value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is no positive whole number")
     return int(value)
 
 
-def _seed(value: str) -> int:
+def seed_number(value: str) -> int:
     if not value.isdecimal() or int(value) >= 2**63:
         raise argparse.ArgumentTypeError(f"{value!r} is no whole number from 0 to 2**63 - 1")
     return int(value)
@@ -411,7 +414,7 @@ def _load_image(source: str):
     return load_image(source)
 
 
-def _model_source(options: argparse.Namespace, model_types: tuple[str, ...] = ("lavit",)) -> str:
+def model_source(options: argparse.Namespace, model_types: tuple[str, ...] = ("lavit",)) -> str:
     """The checkpoint to load; refuses folders that are none of these types."""
     from modeling_lavit.checkpoints import LAVIT_EMOJI
 
@@ -454,29 +457,29 @@ def _loading(source: str) -> Iterator[None]:
         raise OSError(f"{source} has a weights file that is damaged or truncated: {error}") from error
 
 
-def _load_reader(options: argparse.Namespace) -> tuple:
+def load_reader(options: argparse.Namespace) -> tuple:
     """The model and its processor, without what draws pixels."""
     from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
 
-    source, (device, dtype) = _model_source(options), _device_and_dtype(options)
+    source, (device, dtype) = model_source(options), _device_and_dtype(options)
     with _loading(source):
         model = LavitForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
     return model, LavitProcessor.from_pretrained(source)
 
 
-def _load_pipeline(options: argparse.Namespace):
+def load_pipeline(options: argparse.Namespace):
     from transformers.utils.logging import disable_progress_bar
 
     from modeling_lavit import LavitPipeline
 
     # the pipeline's own bar counts its components
     disable_progress_bar()
-    source, (device, dtype) = _model_source(options), _device_and_dtype(options)
+    source, (device, dtype) = model_source(options), _device_and_dtype(options)
     with _loading(source):
         return LavitPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True).to(device)
 
 
-def _check_outputs(paths: list[Path]):
+def check_outputs(paths: list[Path]):
     """Refuses files that cannot be written, before any work is done."""
     from PIL import Image
 
@@ -489,7 +492,7 @@ def _check_outputs(paths: list[Path]):
             raise ValueError(f"{path} has no ending of a picture format that can be written, such as .png or .jpg")
 
 
-def _save(images: list, paths: list[Path], factor: int = 1):
+def save_pictures(images: list, paths: list[Path], factor: int = 1):
     """Writes all pictures or none: under temporary names first. Prints the names."""
     from modeling_lavit.show_lavit import enlarge
 

@@ -32,8 +32,8 @@ def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defa
         processor=LavitProcessor.from_pretrained(language_model),
         model=model,
         detokenizer=detokenizer,
-        unet=LavitUNet2DConditionModel.from_pretrained(pixel_decoder / "unet", torch_dtype=dtype),
-        vae=LavitPatchAutoencoder.from_pretrained(pixel_decoder / "vae", torch_dtype=dtype),
+        unet=LavitUNet2DConditionModel.from_pretrained(pixel_decoder / "unet", dtype=dtype),
+        vae=LavitPatchAutoencoder.from_pretrained(pixel_decoder / "vae", dtype=dtype),
         scheduler=DDIMScheduler.from_pretrained(pixel_decoder / "scheduler"),
         **{f"default_{name}": value for name, value in defaults.items()},
     )

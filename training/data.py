@@ -1,6 +1,7 @@
 """Pictures with a name and a style: loading, held in memory at the model's size, and batch augmentation."""
 
 import random
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,18 @@ from ..processing import LavitImageProcessor
 from .sources import load_source
 
 
+def result_of(stage: str, folder: str, name: str) -> Path:
+    """The file or folder `name` in the result of an earlier stage.
+
+    Raises:
+        OSError: it is not there.
+    """
+    path = Path(folder) / name
+    if not path.exists():
+        raise OSError(f"there is no {path}: train the stage {stage} first (lavit train {stage}), or name its result")
+    return path
+
+
 class PictureDataset(torch.utils.data.Dataset):
     """An image folder (`metadata.jsonl` with `name`, `style`, `split`) decoded once to uint8 tensors.
 
@@ -20,6 +33,10 @@ class PictureDataset(torch.utils.data.Dataset):
         image_size: side in pixels to which the image processor resizes.
         splits: values of the `split` column to keep.
         repeat: how often the pictures of a category come in an epoch (the `category` column); once if not named.
+
+    Raises:
+        OSError: there is no such folder.
+        ValueError: no picture is of these splits.
 
     Items are `{"position": (), "pictures": (3, S, S) uint8, "name": (), "style": ()}`, `name` and `style` being
     indices into `names` and `styles`, which list those of the whole folder whatever the split.
@@ -32,6 +49,11 @@ class PictureDataset(torch.utils.data.Dataset):
         splits: tuple[str, ...] = ("train",),
         repeat: dict[str, int] | None = None,
     ):
+        if not (Path(folder) / "metadata.jsonl").is_file():
+            raise OSError(
+                f"there is no {folder}/metadata.jsonl: make it (python -m modeling_lavit.training.emoji), or "
+                "name other pictures in the data section"
+            )
         rows = load_dataset(
             "imagefolder", data_files={"train": f"{folder}/**"}, split="train"
         )  # no split by file names

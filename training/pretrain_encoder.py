@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_model
 from ..configuration_lavit import LavitVisualTokenizerConfig
 from ..evaluation.judge import Judge
 from ..modeling_lavit_visual_tokenizer import build_encoder
-from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify, result_of
 
 
 class NameEncoder(nn.Module):
@@ -87,7 +87,7 @@ class EncoderPretraining(nn.Module):
         self.config = config
         self.encoder = build_encoder(config)
         self.heads = PictureHeads(config, names, num_styles)
-        self.guide = Judge.load(guide).requires_grad_(False)
+        self.guide = Judge.load(result_of("judge", guide, "judge.json").parent).requires_grad_(False)
         if self.guide.names != names:
             raise ValueError(f"the guide {guide} knows other names than the data set")
         self.guide_maps = nn.Linear(config.hidden_size, sum(self.guide_channels))

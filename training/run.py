@@ -131,10 +131,10 @@ def run(stage: str, recipe: dict) -> None:
         use_cpu=not torch.cuda.is_available(),
         **recipe["training_arguments"],
     )
-    os.makedirs(arguments.output_dir, exist_ok=True)
     set_seed(arguments.seed)
     module = importlib.import_module(f".{STAGES[stage]}", package=__package__)
     model, dataset, callbacks = module.build(recipe)
+    os.makedirs(arguments.output_dir, exist_ok=True)
     trainer = StageTrainer(
         model=model,
         args=arguments,

@@ -24,7 +24,7 @@ from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitImageProcessor, LavitProcessor
 from ..prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
-from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, result_of
 from .distributed import ragged_mean
 from .packing import pack
 from .regression import RegressionHead
@@ -310,7 +310,8 @@ def picture_size(recipe: dict) -> int:
         ValueError: the recipe names none.
     """
     if recipe["tokenizer"]:
-        return LavitVisualTokenizerConfig.from_pretrained(Path(recipe["tokenizer"]) / "visual_tokenizer").image_size
+        folder = result_of("tokenizer", recipe["tokenizer"], "visual_tokenizer")
+        return LavitVisualTokenizerConfig.from_pretrained(folder).image_size
     if recipe["start"]:
         return LavitConfig.from_pretrained(recipe["start"]).visual_config.image_size
     raise ValueError("the recipe needs a tokenizer (result of stage 1) or a start (a LaVIT checkpoint)")

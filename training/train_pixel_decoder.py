@@ -23,7 +23,7 @@ from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerCo
 from ..modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutput
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..unet_lavit import LavitUNet2DConditionModel
-from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, result_of
 from .train_visual_tokenizer import load_encoder
 
 
@@ -164,7 +164,7 @@ def load_component(folder: Path, classes: dict[str, type]) -> nn.Module:
     name = json.loads(path.read_text()).get("_class_name")
     if name not in classes:
         raise ValueError(f"{folder} holds a {name}; known here are {sorted(classes)}")
-    return classes[name].from_pretrained(folder, torch_dtype=torch.float32)
+    return classes[name].from_pretrained(folder, dtype=torch.float32)
 
 
 def check_fit(unet: UNet2DConditionModel, detokenizer: LavitDetokenizer, vae) -> None:
@@ -215,7 +215,7 @@ def build(recipe: dict):
             LavitDetokenizerConfig(**recipe["detokenizer"]), attn_implementation="eager"
         )
     else:
-        folder = Path(recipe["tokenizer"])
+        folder = result_of("tokenizer", recipe["tokenizer"], "visual_tokenizer").parent
         tokenizer = LavitVisualTokenizer.from_pretrained(folder / "visual_tokenizer", attn_implementation="eager")
         detokenizer = LavitDetokenizer.from_pretrained(folder / "detokenizer", attn_implementation="eager")
     dataset = load_pictures(recipe["data"], recipe["resolution"] or tokenizer.config.image_size)

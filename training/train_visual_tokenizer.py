@@ -24,7 +24,7 @@ from ..layers_lavit import eager_attention_forward
 from ..modeling_lavit_detokenizer import LavitDetokenizer
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from .codebook import EMACodebook
-from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify
+from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify, result_of
 from .distributed import gather, global_mean, ragged_mean
 from .pretrain_encoder import PictureHeads, patch_places
 
@@ -267,6 +267,7 @@ def load_encoder(
         ValueError: the encoder has another size, or was trained with other styles.
         OSError: nothing of either kind is in the folder.
     """
+    result_of("encoder", folder, ".")
     heads, names = None, []
     if (folder / "labels.json").is_file():
         pretrained = load_file(folder / "model.safetensors")
