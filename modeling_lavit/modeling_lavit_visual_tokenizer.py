@@ -266,10 +266,11 @@ class LavitQuantizer(nn.Module):
 
     def nearest(self, projected: torch.Tensor) -> torch.Tensor:
         """(…, D) to the codes (…,) nearest to its unit vector; distances in float32, the lowest code wins a tie."""
-        unit = F.normalize(projected.float(), dim=-1, eps=1e-12)
-        # by its forward, before which offloading brings the weight
-        codebook = self.codebook(torch.arange(self.codebook.num_embeddings, device=projected.device)).float()
-        return (codebook.pow(2).sum(-1) - 2 * unit @ codebook.T).argmin(-1)
+        with torch.autocast(projected.device.type, enabled=False):
+            unit = F.normalize(projected.float(), dim=-1, eps=1e-12)
+            # by its forward, before which offloading brings the weight
+            codebook = self.codebook(torch.arange(self.codebook.num_embeddings, device=projected.device)).float()
+            return (codebook.pow(2).sum(-1) - 2 * unit @ codebook.T).argmin(-1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Merged features (…, C) to codes (…,) int64."""

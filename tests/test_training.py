@@ -112,9 +112,14 @@ def test_a_killed_run_ends_as_an_uncut_one(stages, tmp_path):
     process.kill()
     process.wait()
     assert not (cut / "final").is_dir()
+    (cut / "log.jsonl").write_text(
+        (cut / "log.jsonl").read_text() + '{"step": 3, "loss": 0.0}\n'
+    )  # behind the checkpoint
     (cut / "checkpoint-3").mkdir()  # as if it had been killed while it wrote the next one
     main(arguments)
     name = "visual_tokenizer/model.safetensors"
+    assert [record["step"] for record in read_log(cut)] == [1, 2, 3]
+    assert json.loads((cut / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     expected = load_file(whole / "final" / name)
     for key, tensor in load_file(cut / "final" / name).items():
         assert torch.equal(tensor, expected[key]), key
@@ -197,7 +202,9 @@ def test_augmentation_leaves_white_white_and_can_be_switched_off():
     white, noise = torch.ones(4, 3, 16, 16), SampleNoise(torch.arange(4), step=0)
     assert torch.allclose(augment(white, noise), white, atol=1e-5)
     pictures = torch.rand(4, 3, 16, 16)
-    assert torch.allclose(augment(pictures, noise, share=0.0), pictures, atol=1e-4)
+    still = {"scale": 0.0, "shift": 0.0, "rotation": 0.0, "tint": 0.0, "flip": 0.0}
+    torch.testing.assert_close(augment(pictures, noise, share=1.0, **still), pictures, atol=1e-4, rtol=0)
+    assert torch.equal(augment(pictures, noise, share=0.0), pictures)
     assert not torch.allclose(augment(pictures, noise, share=1.0), pictures, atol=1e-2)
 
 

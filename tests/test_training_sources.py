@@ -7,8 +7,17 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from safetensors.torch import load_file
-from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_vae, tiny_visual_config
-from transformers import AutoTokenizer, LlamaForCausalLM
+from tiny import (
+    TEXT_VOCAB_SIZE,
+    tiny_detokenizer,
+    tiny_model,
+    tiny_processor,
+    tiny_scheduler,
+    tiny_unet,
+    tiny_vae,
+    tiny_visual_config,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_lavit import (
     LavitDetokenizer,
@@ -173,30 +182,51 @@ def test_low_rank_adapters_are_written_by_themselves_and_merged(parts, source, t
     assert all("language_model.layers" in key and key.endswith("_proj.weight") for key in changed)
 
 
-def test_a_pretrained_language_model_learns_visual_tokens(parts, source, tmp_path):
-    whole = tiny_model()
-    text_vocab_size = whole.config.text_vocab_size
-    config = whole.config.text_config.to_dict() | {"vocab_size": text_vocab_size}
-    llama = LlamaForCausalLM(type(whole.config.text_config)(**config))
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_pretrained_language_model_learns_visual_tokens(parts, source, tmp_path, tied):
+    values = tiny_model().config.text_config.to_dict() | {"vocab_size": TEXT_VOCAB_SIZE, "tie_word_embeddings": tied}
+    llama = LlamaForCausalLM(LlamaConfig(**values))
     llama.save_pretrained(tmp_path / "llama")
-    tokenizer = tiny_processor().tokenizer
-    tokenizer.save_pretrained(tmp_path / "llama")
-    final = train(
-        "language-model",
-        "finetune.yaml",
-        tmp_path / "run",
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "llama")
+    arguments = [
         "start=null",
         f"tokenizer={parts / 'stage1'}",
         f"language_model={tmp_path / 'llama'}",
         "lora=null",
         parquet(source),
-        "training_arguments.learning_rate=0.0",
+        "training_arguments.save_steps=1",
+        "training_arguments.warmup_steps=0",
+    ]
+    finals = [
+        train(
+            "language-model", "finetune.yaml", tmp_path / name, *arguments, f"training_arguments.learning_rate={rate}"
+        )
+        for name, rate in (("still", 0.0), ("moved", 0.01))
+    ]
+    still, moved = (LavitForConditionalGeneration.from_pretrained(final) for final in finals)
+    assert still.config.tie_word_embeddings == tied
+    assert (still.lm_head.weight is still.get_input_embeddings().weight) == tied
+    rows, still_rows = (x.get_input_embeddings().weight for x in (llama, still))
+    assert torch.equal(still_rows[: len(rows)], rows)
+    assert len(still_rows) == still.config.vocabulary.size
+    offset = still.config.vocabulary.visual_offset
+    assert (still.lm_head.weight[offset:] != moved.lm_head.weight[offset:]).any(1).all()
+
+
+def test_adapters_alone_are_refused_for_new_visual_ids(parts, source, tmp_path):
+    llama = LlamaForCausalLM(
+        LlamaConfig(**tiny_model().config.text_config.to_dict() | {"vocab_size": TEXT_VOCAB_SIZE})
     )
-    model = LavitForConditionalGeneration.from_pretrained(final)
-    assert model.config.vocabulary.boi_token_id == len(AutoTokenizer.from_pretrained(tmp_path / "llama")) - 2
-    rows = llama.get_input_embeddings().weight
-    assert torch.equal(model.get_input_embeddings().weight[: len(rows)], rows)
-    assert model.get_input_embeddings().weight.shape[0] >= model.config.vocabulary.size
+    llama.save_pretrained(tmp_path / "llama")
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "llama")
+    arguments = [
+        "start=null",
+        f"tokenizer={parts / 'stage1'}",
+        f"language_model={tmp_path / 'llama'}",
+        parquet(source),
+    ]
+    with pytest.raises(ValueError, match="modules_to_save"):
+        train("language-model", "finetune.yaml", tmp_path / "run", *arguments)
 
 
 @pytest.mark.parametrize("variant", ["lowres", "highres"])

@@ -13,12 +13,11 @@ import torch
 import yaml
 from diffusers import DDIMScheduler
 
-from ..autoencoder_lavit import LavitPatchAutoencoder
 from ..modeling_lavit import LavitForConditionalGeneration
 from ..modeling_lavit_detokenizer import LavitDetokenizer
 from ..pipeline_lavit import LavitPipeline
 from ..processing import LavitProcessor
-from ..unet_lavit import LavitUNet2DConditionModel
+from .train_pixel_decoder import AUTOENCODERS, UNETS, load_component
 
 
 def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defaults: dict) -> LavitPipeline:
@@ -32,8 +31,8 @@ def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defa
         processor=LavitProcessor.from_pretrained(language_model),
         model=model,
         detokenizer=detokenizer,
-        unet=LavitUNet2DConditionModel.from_pretrained(pixel_decoder / "unet", dtype=dtype),
-        vae=LavitPatchAutoencoder.from_pretrained(pixel_decoder / "vae", dtype=dtype),
+        unet=load_component(pixel_decoder / "unet", UNETS).to(dtype),
+        vae=load_component(pixel_decoder / "vae", AUTOENCODERS).to(dtype),
         scheduler=DDIMScheduler.from_pretrained(pixel_decoder / "scheduler"),
         **{f"default_{name}": value for name, value in defaults.items()},
     )

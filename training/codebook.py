@@ -38,19 +38,30 @@ class EMACodebook(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
         self.register_buffer("counts", torch.ones(num_codes))
         self.register_buffer("sums", torch.zeros(num_codes, dim))
+        self.register_buffer("recent", torch.zeros(4 * num_codes, dim))
+        self.register_buffer("seen", torch.tensor(0))
 
     @torch.no_grad()
-    def start(self, vectors: torch.Tensor, codebook: torch.Tensor) -> None:
-        """Puts the codebook on the k-means centres of `vectors` (M, D), those of all ranks.
+    def remember(self, vectors: torch.Tensor) -> None:
+        """Keeps the last vectors (M, D), on each rank its own, of all ranks: what the codebook starts from."""
+        vectors = gather(vectors)
+        self.recent.copy_(torch.cat([self.recent, vectors])[-len(self.recent) :])
+        self.seen += len(vectors)
+
+    @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def start(self, codebook: torch.Tensor) -> None:
+        """Puts the codebook on the k-means centres of the vectors remembered.
 
         Raises:
             ValueError: there are fewer vectors than codes.
         """
-        vectors = gather(vectors)
-        if len(vectors) < len(codebook):
+        vectors = self.recent[-min(int(self.seen), len(self.recent)) :]
+        if self.seen < len(codebook):
             raise ValueError(
                 f"the codebook has {len(codebook)} codes, but the batches before quantization gave only "
-                f"{len(vectors)} vectors to start it from: raise quantize_from or the batch, or lower codebook_size"
+                f"{int(self.seen)} vectors to start it from: raise quantize_from or the batch, or lower codebook_size"
             )
         codebook.copy_(kmeans(vectors, len(codebook), generator=torch.Generator().manual_seed(0)))
         assigned = (vectors @ codebook.T).argmax(1)

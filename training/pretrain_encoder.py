@@ -113,7 +113,7 @@ class EncoderPretraining(nn.Module):
     def visible_patches(self, batch: int, noise: SampleNoise | None, progress: float) -> torch.Tensor:
         """The patches (B, M) that are seen: a random share, which regularises, until `dropout_until`."""
         if not self.training or progress >= self.recipe["dropout_until"]:
-            return torch.arange(self.config.num_patches).expand(batch, -1)
+            return torch.arange(self.config.num_patches, device=self.patch_places.device).expand(batch, -1)
         order = noise.uniform(self.config.num_patches).argsort(1)
         return order[:, : round((1 - self.recipe["patch_dropout"]) * self.config.num_patches)]
 

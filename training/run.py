@@ -61,6 +61,15 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.running_metrics = defaultdict(list)
 
+    def _save(self, output_dir=None, state_dict=None):
+        # safetensors refuses tensors that share their memory, as tied embeddings do
+        state_dict, seen = dict(state_dict or self.model.state_dict()), set()
+        for key, value in state_dict.items():
+            if value.data_ptr() in seen:
+                state_dict[key] = value.clone()
+            seen.add(value.data_ptr())
+        super()._save(output_dir, state_dict)
+
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             return stream_loader(self.train_dataset, self.args, self.data_collator)
@@ -84,6 +93,13 @@ class StageTrainer(Trainer):
 class JsonLinesCallback(TrainerCallback):
     """Appends every log record to `log.jsonl` in the output folder."""
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Takes away what a cut run logged behind the checkpoint from which it goes on."""
+        path = Path(args.output_dir) / "log.jsonl"
+        if state.is_world_process_zero and path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             with open(Path(args.output_dir) / "log.jsonl", "a") as file:
@@ -103,7 +119,7 @@ def load_recipe(path: str, overrides: list[str]) -> dict:
             if not isinstance(node.get(parent), dict):
                 raise ValueError(f"the recipe {path} has no section {parent!r} for the override {override!r}")
             node = node[parent]
-        if leaf not in node and parents[:1] != ["training_arguments"]:
+        if leaf not in node and parents[:1] not in (["training_arguments"], ["data"]):
             raise ValueError(f"the recipe {path} has no key {key!r}; known here: {sorted(node)}")
         node[leaf] = yaml.load(value, RecipeLoader)
     return recipe
@@ -125,12 +141,13 @@ def run(stage: str, recipe: dict) -> None:
     """Trains one stage to the end and writes its result to `<output_dir>/final`."""
     if "threads" in recipe:
         torch.set_num_threads(recipe["threads"])
-    arguments = TrainingArguments(
-        report_to=recipe["training_arguments"].pop("report_to", "none"),
-        remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
-        **recipe["training_arguments"],
-    )
+    defaults = {"report_to": "none", "remove_unused_columns": False, "use_cpu": not torch.cuda.is_available()}
+    arguments = TrainingArguments(**(defaults | recipe["training_arguments"]))
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"there are {arguments.n_gpu} GPUs: start one process each (torchrun --nproc_per_node {arguments.n_gpu} "
+            f"-m {__package__}.run …), or let CUDA_VISIBLE_DEVICES name one"
+        )
     set_seed(arguments.seed)
     module = importlib.import_module(f".{STAGES[stage]}", package=__package__)
     model, dataset, callbacks = module.build(recipe)
@@ -145,9 +162,8 @@ def run(stage: str, recipe: dict) -> None:
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(Path(arguments.output_dir)))
     with alone():
         if trainer.is_world_process_zero():
-            module.finish(
-                trainer.accelerator.unwrap_model(model), dataset, recipe, Path(arguments.output_dir) / "final"
-            )
+            whole = trainer.accelerator.unwrap_model(model).cpu()
+            module.finish(whole, dataset, recipe, Path(arguments.output_dir) / "final")
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # the wrapped model goes before the process group that it uses

@@ -13,7 +13,7 @@ import torch
 from ..modeling_lavit import IGNORED_LABEL
 from ..processing import LavitProcessor
 from .data import PictureDataset
-from .text import drawing_prompt, question_prompt, restyling_prompt
+from .text import ANSWER_PROMPT, drawing_prompt, question_prompt, restyling_prompt
 
 
 class Sequences:
@@ -31,10 +31,20 @@ class Sequences:
         self.eos = processor.tokenizer.eos_token_id
 
     def text(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """The ids of a text, in which `[IMG]` is a word like others."""
+        return self.processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def codes(self, codes: torch.Tensor) -> list[int]:
-        """The ids of codes (n,)."""
+        """The ids of codes (n,).
+
+        Raises:
+            ValueError: the model has no such code.
+        """
+        if not 0 <= int(codes.min()) <= int(codes.max()) < self.processor.codebook_size:
+            raise ValueError(
+                f"the source has codes from {int(codes.min())} to {int(codes.max())}, the model's codebook has "
+                f"{self.processor.codebook_size}: they are of another tokenizer"
+            )
         return (codes + self.processor.visual_offset).tolist()
 
     @staticmethod
@@ -176,6 +186,8 @@ class SourceSamples:
         texts, instructions: of [`load_source`], not streamed: what `text` and `instruct` take rows from, at random.
         seed: of the run.
 
+        max_length: most ids of a text without pictures, which is cut there.
+
     Raises:
         ValueError: a task has a probability, but no data.
     """
@@ -193,14 +205,24 @@ class SourceSamples:
         texts=None,
         instructions=None,
         seed: int = 0,
+        max_length: int = 2048,
     ):
         check_mixture(mixture, self.tasks)
+        columns = pictures.reader.columns
+        if columns.text is None and (mixture.get("caption") or mixture.get("draw")):
+            raise ValueError("which column holds the texts? Name it as data.text_column")
+        if columns.image is None and mixture.get("caption"):
+            raise ValueError(
+                "captions need pictures, the source has codes alone (lavit tokenize --keep-images keeps them)"
+            )
+        if mixture.get("instruct") and instructions is not None and not instructions.reader.columns.has_turns:
+            raise ValueError("instruction_data needs question_column and answer_column, or messages_column")
         for task, key, data in (("text", "text_data", texts), ("instruct", "instruction_data", instructions)):
             if mixture.get(task) and data is None:
                 raise ValueError(f"the mixture has the task {task!r}, but the recipe has no {key}")
         self.sequences = Sequences(processor, prompt_dropout)
         self.pictures, self.mixture, self.images_per_sample = pictures, mixture, images_per_sample
-        self.texts, self.instructions, self.seed = texts, instructions, seed
+        self.texts, self.instructions, self.seed, self.max_length = texts, instructions, seed, max_length
 
     def sample(self, position: int, epoch: int, take) -> dict:
         """One sample; `take()` gives the next item of `pictures`."""
@@ -209,11 +231,11 @@ class SourceSamples:
         sequences = self.sequences
         if task == "text":
             ids = sequences.text(self.texts[draw.randrange(len(self.texts))]["text"])
-            longest = self.sequences.processor.tokenizer.model_max_length - 1
-            return sequences.sample(position, [([*ids[:longest], sequences.eos], True)])
+            end = [sequences.eos] if len(ids) < self.max_length else []
+            return sequences.sample(position, [([*ids[: self.max_length], *end], True)])
         if task == "instruct":
             row = self.instructions[draw.randrange(len(self.instructions))]
-            parts = sequences.reading([(f"Question: {question} Answer:", answer) for question, answer in row["turns"]])
+            parts = sequences.reading([(ANSWER_PROMPT.format(question), answer) for question, answer in row["turns"]])
             pictures = [row["pictures"]] if "pictures" in row else []
             return sequences.sample(position, parts if pictures else parts[1:], pictures, [False] * len(pictures))
         either = {key: self.mixture.get(key, 0.0) for key in ("caption", "draw")}
@@ -228,8 +250,6 @@ class SourceSamples:
                 codes = sequences.codes(item["codes"]) if "codes" in item else []
                 parts += sequences.drawing(sequences.text(item["text"]), codes, draw)
             if task == "caption" or "codes" not in item:
-                if "pictures" not in item:
-                    raise ValueError("captions are learnt from pictures, but the source has codes alone")
                 pictures.append(item["pictures"])
                 drawn.append(task == "draw")
         return sequences.sample(position, parts, pictures, drawn)

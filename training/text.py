@@ -13,6 +13,7 @@ from transformers import LlamaTokenizer
 
 DRAWING_PROMPTS = ("{name}", "a {name}", "{name} in {style} style", "a {name} in {style} style", "a {style} {name}")
 RESTYLING_PROMPTS = ("in {style} style", "the same in {style} style")
+ANSWER_PROMPT = "Question: {} Answer:"
 QUESTIONS = {
     "style": ("which style is this?", "what style is it?"),
     "name": ("what is it?", "what is this?"),
@@ -51,7 +52,7 @@ def train_text_tokenizer(sentences: Iterable[str], vocab_size: int, model_max_le
 
 def sentences(names: list[str], styles: list[str]) -> list[str]:
     """Every sentence that the picture tasks use, for the tokenizer."""
-    of_questions = [f"Question: {question} Answer:" for questions in QUESTIONS.values() for question in questions]
+    of_questions = [ANSWER_PROMPT.format(question) for questions in QUESTIONS.values() for question in questions]
     return [
         *names,
         *styles,
@@ -70,4 +71,4 @@ def restyling_prompt(draw: random.Random, style: str) -> str:
 
 
 def question_prompt(draw: random.Random, kind: str) -> str:
-    return f"Question: {draw.choice(QUESTIONS[kind])} Answer:"
+    return ANSWER_PROMPT.format(draw.choice(QUESTIONS[kind]))

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
@@ -33,6 +34,12 @@ from .sources import SourceStream, load_source
 from .text import VISUAL_TOKENS, sentences, train_text_tokenizer
 
 
+# What a start and a tokenizer must have alike for one to take the other's weights and to give the same codes.
+VISUAL_SIZES = (
+    *("image_size", "patch_size", "hidden_size", "num_hidden_layers", "stem", "codebook_size", "codebook_dim"),
+    *("merger_num_hidden_layers", "merger_num_attention_heads", "merger_is_causal", "merge_dropped"),
+    *("attention_epsilon", "selection"),
+)
 VISUAL_LOSSES = ("classification", "regression")
 
 
@@ -42,6 +49,10 @@ class LanguageModelTraining(nn.Module):
     def __init__(self, model: LavitForConditionalGeneration, recipe: dict):
         super().__init__()
         self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
+        if recipe["lora"] and not recipe["start"] and not recipe["lora"].get("modules_to_save"):
+            raise ValueError(
+                "adapters alone cannot learn new visual ids: set lora.modules_to_save=[embed_tokens, lm_head]"
+            )
         self.wrapped = get_peft_model(model, LoraConfig(**recipe["lora"])) if recipe["lora"] else model
         model.model.visual_tokenizer.requires_grad_(False)
         model.model.understanding.requires_grad_(recipe["train_understanding"])
@@ -62,7 +73,7 @@ class LanguageModelTraining(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         """Called by the trainer where its arguments ask for it."""
-        self.model.gradient_checkpointing_enable(**kwargs)
+        self.model.model.language_model.gradient_checkpointing_enable(**kwargs)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -273,7 +284,7 @@ def build_model(recipe: dict, texts: list[str] | None) -> tuple[LavitForConditio
         model, processor = new_model(recipe, visual_tokenizer, texts)
     if visual_tokenizer is not None:
         own, given = model.config.visual_config, visual_tokenizer.config
-        for key in ("image_size", "patch_size", "hidden_size", "codebook_size", "codebook_dim", "stem"):
+        for key in VISUAL_SIZES:
             if getattr(own, key) != getattr(given, key):
                 raise ValueError(
                     f"start and tokenizer have different {key}: {getattr(own, key)}, {getattr(given, key)}"
@@ -297,9 +308,20 @@ def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, 
     instructions = load_source(recipe["instruction_data"], size) if recipe["instruction_data"] else None
     if isinstance(texts, SourceStream) or isinstance(instructions, SourceStream):
         raise ValueError("rows of text_data and instruction_data are drawn at random: they cannot be streamed")
+    codes, max_length = pictures.reader.columns.codes, model.config.text_config.max_position_embeddings
+    if codes and recipe["augmentation"].get("share"):
+        raise ValueError("precomputed codes are those of pictures as they are: set augmentation.share to 0")
     kind: type[SourceSamples] = SourceSampleStream if isinstance(pictures, SourceStream) else SourceSampleList
     return kind(
-        pictures, processor, recipe["mixture"], dropout, recipe["images_per_sample"], texts, instructions, seed
+        pictures,
+        processor,
+        recipe["mixture"],
+        dropout,
+        recipe["images_per_sample"],
+        texts,
+        instructions,
+        seed,
+        max_length,
     )
 
 
@@ -313,6 +335,8 @@ def picture_size(recipe: dict) -> int:
         folder = result_of("tokenizer", recipe["tokenizer"], "visual_tokenizer")
         return LavitVisualTokenizerConfig.from_pretrained(folder).image_size
     if recipe["start"]:
+        if "/" not in recipe["start"]:  # no repository either
+            result_of("language-model", recipe["start"], "config.json")
         return LavitConfig.from_pretrained(recipe["start"]).visual_config.image_size
     raise ValueError("the recipe needs a tokenizer (result of stage 1) or a start (a LaVIT checkpoint)")
 
@@ -326,10 +350,13 @@ def build(recipe: dict):
 
 @torch.no_grad()
 def finish(model: LanguageModelTraining, dataset, recipe: dict, output: Path) -> None:
-    """Writes model and processor; adapters by themselves, and merged into the model."""
+    """Writes model and processor; adapters by themselves, with the understanding beside them if it was trained, and
+    merged into the model."""
     whole = model.model
     if isinstance(model.wrapped, PeftModel):
         model.wrapped.save_pretrained(output / "adapter")
+        if recipe["train_understanding"]:
+            save_file(whole.model.understanding.state_dict(), output / "adapter" / "understanding.safetensors")
         whole = model.wrapped.merge_and_unload()
     whole.save_pretrained(output)
     dataset.sequences.processor.save_pretrained(output)

@@ -53,10 +53,14 @@ class PixelDecoderTraining(nn.Module):
         detokenizer.codebook.requires_grad_(False)
         if not self.recipe["train_detokenizer"]:
             detokenizer.requires_grad_(False)
-            for module in readout(detokenizer).values():
-                module.requires_grad_(True)
+            for parameter in readout(detokenizer).values():
+                parameter.requires_grad_(True)
         self.register_buffer("updates", torch.tensor(0))
         self.average = copy.deepcopy(self.trained).requires_grad_(False)
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """Called by the trainer where its arguments ask for it."""
+        self.trained["unet"].enable_gradient_checkpointing()
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -109,7 +113,7 @@ class PixelDecoderTraining(nn.Module):
 
     def forward(self, pictures, noise: SampleNoise, progress: float = 1.0, **labels):
         pictures = augment(pictures.float() / 255, noise, **self.augmentation)
-        latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode() * self.vae.config.scaling_factor
+        latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode().float() * self.vae.config.scaling_factor
         uniform = noise.uniform(2)
         keep = uniform[:, 0] >= self.recipe["condition_dropout"]
         timesteps = (uniform[:, 1] * self.scheduler.config.num_train_timesteps).long()
@@ -141,12 +145,10 @@ class AverageCallback(TrainerCallback):
         getattr(model, "module", model).update_average()
 
 
-def readout(detokenizer: LavitDetokenizer) -> nn.ModuleDict:
-    """What makes conditions of features."""
-    parts = {"prompt_projections": detokenizer.prompt_projections}
-    if detokenizer.config.variant == "highres":
-        parts["attention_pool"] = detokenizer.attention_pool
-    return nn.ModuleDict(parts)
+def readout(detokenizer: LavitDetokenizer) -> dict[str, nn.Parameter]:
+    """What makes conditions of features, and those without any."""
+    parts = ("prompt_projections.", "attention_pool.", "unconditional_embedding")
+    return {key: value for key, value in detokenizer.named_parameters() if key.startswith(parts)}
 
 
 def load_component(folder: Path, classes: dict[str, type]) -> nn.Module:
@@ -207,6 +209,8 @@ def first_pictures(dataset, count: int) -> torch.Tensor:
 
 def build(recipe: dict):
     if recipe["objective"]["condition"] == "features":
+        if missing := {"encoder", "model", "detokenizer"} - recipe.keys():
+            raise ValueError(f"the condition `features` needs the sections {sorted(missing)} in the recipe")
         tokenizer = LavitVisualTokenizer._from_config(
             LavitVisualTokenizerConfig(**recipe["model"]), attn_implementation="eager"
         )
@@ -216,8 +220,12 @@ def build(recipe: dict):
         )
     else:
         folder = result_of("tokenizer", recipe["tokenizer"], "visual_tokenizer").parent
-        tokenizer = LavitVisualTokenizer.from_pretrained(folder / "visual_tokenizer", attn_implementation="eager")
-        detokenizer = LavitDetokenizer.from_pretrained(folder / "detokenizer", attn_implementation="eager")
+        tokenizer = LavitVisualTokenizer.from_pretrained(
+            folder / "visual_tokenizer", dtype=torch.float32, attn_implementation="eager"
+        )
+        detokenizer = LavitDetokenizer.from_pretrained(
+            folder / "detokenizer", dtype=torch.float32, attn_implementation="eager"
+        )
     dataset = load_pictures(recipe["data"], recipe["resolution"] or tokenizer.config.image_size)
     if recipe["start"]:
         start = Path(recipe["start"])
@@ -225,12 +233,12 @@ def build(recipe: dict):
         vae = load_component(start / "vae", AUTOENCODERS)
         scheduler = DDIMScheduler.from_pretrained(start / "scheduler")
         if (start / "detokenizer").is_dir():
-            trained = LavitDetokenizer.from_pretrained(start / "detokenizer")
+            trained = LavitDetokenizer.from_pretrained(start / "detokenizer", dtype=torch.float32)
             if torch.equal(trained.codebook.weight, detokenizer.codebook.weight):
                 detokenizer.load_state_dict(trained.state_dict())
             else:  # it was trained on features, or on other codes
-                readout(detokenizer).load_state_dict(readout(trained).state_dict())
-    elif missing := {"unet", "vae", "scheduler"} - recipe.keys():
+                detokenizer.load_state_dict({k: v.data for k, v in readout(trained).items()}, strict=False)
+    elif missing := {"unet", "vae", "vae_pictures", "scheduler"} - recipe.keys():
         raise ValueError(f"the recipe needs a start, or the sections {sorted(missing)} for new components")
     else:
         unet = LavitUNet2DConditionModel(**recipe["unet"])

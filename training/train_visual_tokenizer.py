@@ -10,7 +10,6 @@ decisive.
 """
 
 import json
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from .codebook import EMACodebook
 from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify, result_of
 from .distributed import gather, global_mean, ragged_mean
 from .pretrain_encoder import PictureHeads, patch_places
+from .tokenize_dataset import load_visual_tokenizer
 
 
 # Attention of the decoder that can be looked at.
@@ -96,9 +96,12 @@ class VisualTokenizerTraining(nn.Module):
         self.codebook = EMACodebook(
             config.codebook_size, dim, self.recipe["codebook_decay"], self.recipe["revive_below"]
         )
-        self.recent = deque(maxlen=8)
         self.register_buffer("names", names)
         self.register_buffer("places", patch_places(config))
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """Called by the trainer where its arguments ask for it."""
+        self.detokenizer.gradient_checkpointing_enable(**kwargs)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -148,11 +151,11 @@ class VisualTokenizerTraining(nn.Module):
         """Unit vectors (M, D) to what the decoder sees and the codes; both phases of the recipe."""
         codebook = self.tokenizer.quantizer.codebook.weight
         if not begun(progress, self.recipe["quantize_from"]):
-            self.recent.append(projected.detach())
+            self.codebook.remember(projected.detach())
             return projected, None
         if not self.codebook.started:
-            self.codebook.start(torch.cat([*self.recent, projected.detach()]), codebook)
-            self.recent.clear()
+            self.codebook.remember(projected.detach())
+            self.codebook.start(codebook)
         codes = self.tokenizer.quantizer.nearest(projected)
         quantized = codebook[codes].clone()
         if self.training:
@@ -232,7 +235,7 @@ class VisualTokenizerTraining(nn.Module):
             places = torch.stack([patches.div(side, rounding_mode="floor"), patches % side], dim=-1)
             terms["lookup"] = self.lookup_loss(places, valid)
         metrics |= {key: value.detach() for key, value in terms.items()}
-        terms["saliency"] = terms["saliency"] * max(0.0, 1 - progress / self.recipe["saliency_until"])
+        terms["saliency"] = terms["saliency"] * (1 - ramped(progress, self.recipe["saliency_until"]))
         terms["rate"] = terms["rate"] * ramped(progress, self.recipe["rate_ramp"])
         if codes is not None:
             terms["commitment"] = ragged_mean((projected - vectors.detach()).square().sum(1))
@@ -258,7 +261,7 @@ def load_encoder(
     folder: Path, tokenizer: LavitVisualTokenizer, styles: list[str] | None
 ) -> tuple[PictureHeads | None, list[str]]:
     """Loads the encoder of `tokenizer` from a result of stage 0, whose heads and their names it returns, or from a
-    saved [`LavitVisualTokenizer`], which has none.
+    LaVIT checkpoint or its visual tokenizer, which have none.
 
     Args:
         styles: those of the data; None for pictures without.
@@ -280,7 +283,7 @@ def load_encoder(
             heads.load_state_dict(with_prefix(pretrained, "heads."))
         pretrained = with_prefix(pretrained, "encoder.")
     else:
-        pretrained = LavitVisualTokenizer.from_pretrained(folder).encoder.state_dict()
+        pretrained = load_visual_tokenizer(str(folder), torch.float32)[0].encoder.state_dict()
     own = tokenizer.encoder.state_dict()
     wrong = sorted(key for key in own if key not in pretrained or pretrained[key].shape != own[key].shape)
     if wrong:
