@@ -8,7 +8,9 @@ import argparse
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import diffusers
 import torch
 import yaml
 from diffusers import DDIMScheduler
@@ -36,6 +38,26 @@ def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defa
         scheduler=DDIMScheduler.from_pretrained(pixel_decoder / "scheduler"),
         **{f"default_{name}": value for name, value in defaults.items()},
     )
+
+
+@torch.no_grad()
+def average(language_model: Path, other: Path, share: float, output: Path) -> None:
+    """Writes the language model with its weights moved by `share` of the way to those of another run of the same
+    training (arXiv 2203.05482): what two runs on other samples have learnt, both keep.
+
+    Raises:
+        ValueError: the runs have other parameters.
+    """
+    model = LavitForConditionalGeneration.from_pretrained(language_model, dtype=torch.float32)
+    weights = LavitForConditionalGeneration.from_pretrained(other, dtype=torch.float32).state_dict()
+    own = model.state_dict()
+    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
+        raise ValueError(f"{other} has other parameters than {language_model}: only runs of one training average")
+    for key, value in own.items():
+        if value.is_floating_point():
+            value.lerp_(weights[key], share)
+    model.save_pretrained(output)
+    LavitProcessor.from_pretrained(language_model).save_pretrained(output)
 
 
 def load_in_float32(folder: Path) -> None:
@@ -67,6 +89,9 @@ def link_code(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, required=True)
+    parser.add_argument("--average-with", type=Path, help="another run of stage 2, whose weights are averaged in")
+    parser.add_argument("--share", type=float, default=0.5, help="of the other run in the average (default 0.5)")
+    parser.add_argument("--scheduler", help="class of diffusers for drawing (default: DDIMScheduler)")
     parser.add_argument("--pixel-decoder", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--default", nargs="*", default=[], help="e.g. num_inference_steps=10")
@@ -75,7 +100,15 @@ def main() -> None:
     defaults = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in options.default)}
     for link in filter(Path.is_symlink, options.output.rglob("*.py")):
         link.unlink()
-    assemble(options.language_model, options.pixel_decoder, torch.float16, defaults).save_pretrained(options.output)
+    with TemporaryDirectory() as folder:
+        language_model = options.language_model
+        if options.average_with:
+            language_model = Path(folder)
+            average(options.language_model, options.average_with, options.share, language_model)
+        pipe = assemble(language_model, options.pixel_decoder, torch.float16, defaults)
+        if options.scheduler:
+            pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
+        pipe.save_pretrained(options.output)
     load_in_float32(options.output)
     if options.link_code:
         link_code(options.output)
