@@ -144,11 +144,14 @@ def test_readme_commands_exist():
                 assert arguments[1] in STAGES and yaml.safe_load((ROOT / arguments[2]).read_text()), command
         elif program == "lavit":
             parser.parse_args(arguments)
+        elif program == "accelerate":
+            assert arguments[:2] == ["launch", "-m"] and importlib.util.find_spec(arguments[2]), command
+            parser.parse_args(arguments[3:])
         elif program == "python":
             assert arguments[0] == "-m" and importlib.util.find_spec(arguments[1]), command
         else:
             assert program == "pip", command
-    assert kinds == {"make", "pip", "lavit", "python"}
+    assert kinds == {"accelerate", "make", "pip", "lavit", "python"}
 
 
 def test_readme_snippets_compile_and_name_what_exists():

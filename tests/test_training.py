@@ -190,7 +190,8 @@ def test_the_codebook_follows_its_vectors_and_revives_dead_codes():
 
     codebook = found.clone()
     statistics = EMACodebook(8, 4, decay=0.5, revive_below=0.1)
-    statistics.start(vectors, codebook)
+    statistics.remember(vectors)
+    statistics.start(codebook)
     only_first = vectors[(vectors @ codebook.T).argmax(1) == 0]
     for _ in range(8):
         statistics.update(only_first, (only_first @ codebook.T).argmax(1), codebook)
