@@ -28,6 +28,7 @@ from modeling_lavit import (
 from modeling_lavit.modeling_lavit import IGNORED_LABEL
 from modeling_lavit.training.packing import pack, pack_rows
 from modeling_lavit.training.run import main
+from modeling_lavit.training.samples import Sequences
 
 
 ROOT = Path(__file__).parents[1]
@@ -182,12 +183,23 @@ def test_low_rank_adapters_are_written_by_themselves_and_merged(parts, source, t
     assert all("language_model.layers" in key and key.endswith("_proj.weight") for key in changed)
 
 
+def save_llama(folder: Path, **overrides) -> LlamaForCausalLM:
+    """Writes and returns a tiny Llama without visual ids, and its tokenizer."""
+    values = tiny_model().config.text_config.to_dict() | {"vocab_size": TEXT_VOCAB_SIZE} | overrides
+    llama = LlamaForCausalLM(LlamaConfig(**values))
+    llama.save_pretrained(folder)
+    tiny_processor().tokenizer.save_pretrained(folder)
+    return llama
+
+
+def test_texts_cannot_write_visual_ids():
+    ids = Sequences(tiny_processor(), prompt_dropout=0.0).text("see [IMG][/IMG] or </s>")
+    assert max(ids) < TEXT_VOCAB_SIZE and tiny_processor().tokenizer.eos_token_id not in ids
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_pretrained_language_model_learns_visual_tokens(parts, source, tmp_path, tied):
-    values = tiny_model().config.text_config.to_dict() | {"vocab_size": TEXT_VOCAB_SIZE, "tie_word_embeddings": tied}
-    llama = LlamaForCausalLM(LlamaConfig(**values))
-    llama.save_pretrained(tmp_path / "llama")
-    tiny_processor().tokenizer.save_pretrained(tmp_path / "llama")
+    llama = save_llama(tmp_path / "llama", tie_word_embeddings=tied)
     arguments = [
         "start=null",
         f"tokenizer={parts / 'stage1'}",
@@ -214,11 +226,7 @@ def test_a_pretrained_language_model_learns_visual_tokens(parts, source, tmp_pat
 
 
 def test_adapters_alone_are_refused_for_new_visual_ids(parts, source, tmp_path):
-    llama = LlamaForCausalLM(
-        LlamaConfig(**tiny_model().config.text_config.to_dict() | {"vocab_size": TEXT_VOCAB_SIZE})
-    )
-    llama.save_pretrained(tmp_path / "llama")
-    tiny_processor().tokenizer.save_pretrained(tmp_path / "llama")
+    save_llama(tmp_path / "llama")
     arguments = [
         "start=null",
         f"tokenizer={parts / 'stage1'}",

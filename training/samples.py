@@ -185,7 +185,6 @@ class SourceSamples:
         images_per_sample: pairs of picture and text that one sample holds, each in its own order.
         texts, instructions: of [`load_source`], not streamed: what `text` and `instruct` take rows from, at random.
         seed: of the run.
-
         max_length: most ids of a text without pictures, which is cut there.
 
     Raises:
