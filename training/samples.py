@@ -13,6 +13,7 @@ import torch
 from ..modeling_lavit import IGNORED_LABEL
 from ..processing import LavitProcessor
 from .data import PictureDataset
+from .imagined import ImaginedPicture
 from .text import ANSWER_PROMPT, drawing_prompt, question_prompt, restyling_prompt
 
 
@@ -115,6 +116,8 @@ class PictureSamples(torch.utils.data.Dataset):
             `code_caption`, which reads it as codes; `draw`; `restyle`, which reads codes and draws.
         prompt_dropout: see [`Sequences`].
         seed: of the run.
+        imagined: pictures that a model drew, see [`imagine`].
+        imagined_share: of the samples that draw, how many have one of them as their target.
     """
 
     collate = staticmethod(collate_samples)
@@ -128,9 +131,12 @@ class PictureSamples(torch.utils.data.Dataset):
         mixture: dict[str, float],
         prompt_dropout: float,
         seed: int = 0,
+        imagined: list[ImaginedPicture] | None = None,
+        imagined_share: float = 0.0,
     ):
         check_mixture(mixture, self.tasks)
         self.pictures, self.codes, self.mixture = pictures, codes, mixture
+        self.imagined, self.imagined_share = imagined or [], imagined_share
         self.sequences = Sequences(processor, prompt_dropout)
         self.seed, self.epoch = seed, 0
         self.same_name = defaultdict(list)
@@ -165,12 +171,19 @@ class PictureSamples(torch.utils.data.Dataset):
         if task == "code_caption":
             prompt = [sequences.boi, *self.code_ids(index, draw), sequences.eoi]
             return sequences.sample(position, [(prompt, False), ([*sequences.text(name), sequences.eos], True)])
+        number = int(self.pictures.name[index])
+        if self.imagined and draw.random() < self.imagined_share:
+            target = draw.choice(self.imagined)
+            number, name, style = target.name, self.pictures.names[target.name], self.pictures.styles[target.style]
+            index, codes = None, sequences.codes(target.codes)
+        else:
+            codes = self.code_ids(index, draw)
         prompt = sequences.text(drawing_prompt(draw, name, style))
-        sources = [i for i in self.same_name[int(self.pictures.name[index])] if i != index]
+        sources = [i for i in self.same_name[number] if i != index]
         if task == "restyle" and sources:
             source = [sequences.boi, *self.code_ids(draw.choice(sources), draw), sequences.eoi]
             prompt = source + sequences.text(restyling_prompt(draw, style))
-        return sequences.sample(position, sequences.drawing(prompt, self.code_ids(index, draw), draw))
+        return sequences.sample(position, sequences.drawing(prompt, codes, draw))
 
 
 class SourceSamples:

@@ -27,6 +27,7 @@ from ..processing import LavitImageProcessor, LavitProcessor
 from ..prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
 from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, result_of
 from .distributed import ragged_mean
+from .imagined import imagine
 from .packing import pack
 from .regression import RegressionHead
 from .samples import PictureSamples, SourceSampleList, SourceSamples, SourceSampleStream
@@ -302,7 +303,11 @@ def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, 
     dropout = recipe["objective"]["prompt_dropout"]
     if isinstance(pictures, PictureDataset):
         codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
-        return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed)
+        number, share = recipe["imagined"]["number"], recipe["imagined"]["share"]
+        if number and not recipe["start"]:
+            raise ValueError("imagined.number needs a start that can draw and read")
+        imagined = imagine(model, processor, pictures, number, seed) if number else []
+        return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed, imagined, share)
     size = model.config.visual_config.image_size
     texts = load_source(recipe["text_data"], size, with_pictures=False) if recipe["text_data"] else None
     instructions = load_source(recipe["instruction_data"], size) if recipe["instruction_data"] else None

@@ -75,21 +75,27 @@ class PixelDecoderTraining(nn.Module):
         for average, current in zip(self.average.parameters(), self.trained.parameters(), strict=True):
             average.lerp_(current, 1 - decay)
 
+    def pixel_values(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, S, S) in [0, 1] as the tokenizer's encoder takes them."""
+        size = self.tokenizer.config.image_size
+        if pictures.shape[-1] != size:
+            pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        return normalize_pictures(pictures)
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures (B, 3, S, S) in [0, 1] to the encoder's normalised features (B, N, C)."""
+        features = self.tokenizer.encode_patches(self.pixel_values(pictures)).float()
+        return F.layer_norm(features, features.shape[-1:])
+
     def conditions(self, pictures: torch.Tensor, noise: SampleNoise) -> LavitDetokenizerOutput:
         """Pictures (B, 3, S, S) in [0, 1] to the UNet's conditions."""
         detokenizer = self.trained["detokenizer"]
-        size = self.tokenizer.config.image_size
-        with torch.no_grad():
-            if pictures.shape[-1] != size:
-                pictures = F.interpolate(pictures, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-            pixel_values = normalize_pictures(pictures)
-            if self.recipe["condition"] == "features":
-                features = self.tokenizer.encode_patches(pixel_values).float()
-                features = F.layer_norm(features, features.shape[-1:])
-            else:
-                tokens = self.tokenizer.tokenize(pixel_values)
         if self.recipe["condition"] == "features":
+            with torch.no_grad():
+                features = self.features(pictures)
             return detokenizer.conditions(features)
+        with torch.no_grad():
+            tokens = self.tokenizer.tokenize(self.pixel_values(pictures))
         patches = torch.arange(self.tokenizer.config.num_patches, device=tokens.lengths.device)
         kept = patches < tokens.lengths[:, None]
         uniform = noise.uniform(self.tokenizer.config.num_patches, 2)[kept]
@@ -110,6 +116,17 @@ class PixelDecoderTraining(nn.Module):
             "encoder_hidden_states": embeds,
             "added_cond_kwargs": {"text_embeds": torch.where(keep[:, None], *pooled), "time_ids": time_ids},
         }
+
+    def perceptual_distance(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+        """Cosine distance, averaged over patches, between what the tokenizer's encoder sees in the pictures of predicted
+        latents (B, C, h, w) and in the pictures (B, 3, S, S) in [0, 1] themselves (LPIPS, arXiv 1801.03924, with the
+        encoder that is here): squared errors alone blur what tells one drawing style from another."""
+        if not len(pictures):
+            return latents.sum() * 0
+        predicted = self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() / 2 + 0.5
+        with torch.no_grad():
+            seen = self.features(pictures)
+        return (1 - F.cosine_similarity(self.features(predicted), seen, dim=-1)).mean()
 
     def forward(self, pictures, noise: SampleNoise, progress: float = 1.0, **labels):
         pictures = augment(pictures.float() / 255, noise, **self.augmentation)
@@ -135,6 +152,12 @@ class PixelDecoderTraining(nn.Module):
         loss = (weight * error).mean()
         noisy = variance > 0.9
         metrics = {"error": error.mean().detach(), "error_noisy": error[noisy].mean().detach()}
+        if self.recipe["perceptual_weight"]:
+            if kind != "sample":
+                raise ValueError(f"perceptual_weight needs a scheduler that predicts the sample, not {kind!r}")
+            distance = self.perceptual_distance(prediction[keep], pictures[keep])
+            loss = loss + self.recipe["perceptual_weight"] * distance
+            metrics["perceptual"] = distance.detach()
         return {"loss": loss, "metrics": {k: v for k, v in metrics.items() if v.isfinite()}}
 
 
