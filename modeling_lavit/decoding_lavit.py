@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .configuration_lavit import LavitVocabulary
+from .drafts_lavit import END, LOOKED_AT, LavitDraftIndex
 from .steps_lavit import can_step_plainly, grows_freely, plain_step
 
 
@@ -148,10 +149,10 @@ class LavitDecodingLoop:
             with one `torch.multinomial`, as the reference does.
         streamer: gets the prompt and then every step's ids.
         restart_unconditional: whether the unconditional stream begins anew at every `[IMG]` that is written.
-        draft_length: so many ids are guessed ahead of each forward, which verifies them all (Jacobi iteration,
-            arXiv 2305.10427): what a position would get after the guesses before it is its guess in the next forward.
-            As the uniform numbers of the ids to come are fixed, an id is kept if it is the one that would be drawn:
-            what is written stays the same. All rows go on by as many ids as the slowest.
+        known_pictures, draft_length: so many codes, at most, are looked up ahead of each forward, which verifies them
+            all (retrieval-based speculative decoding, arXiv 2311.08252). As the uniform number of every id to come is
+            fixed, a code is kept if it is the one that would be drawn: what is written stays the same. A lone row
+            does so: of several, all would have to go on by as many as the slowest.
 
     Rows that are finished leave the batch, with both their streams, where cache and outputs allow it: logits
     processors then see the others alone, stopping criteria and streamer always all. They use up no more random
@@ -167,6 +168,7 @@ class LavitDecodingLoop:
         joint_generator: torch.Generator | None = None,
         streamer: BaseStreamer | None = None,
         restart_unconditional: bool = False,
+        known_pictures: LavitDraftIndex | None = None,
         draft_length: int = 0,
     ):
         self.vocabulary = vocabulary
@@ -176,6 +178,7 @@ class LavitDecodingLoop:
         self.joint_generator = joint_generator
         self.streamer = streamer
         self.restart_unconditional = restart_unconditional
+        self.known_pictures = known_pictures
         self.draft_length = draft_length
 
     def __call__(
@@ -241,23 +244,14 @@ class LavitDecodingLoop:
                 self._restart_unconditional(ids, model_kwargs)
             if accepted <= drafts.shape[1] and model_kwargs["use_cache"]:
                 model_kwargs["past_key_values"].crop(accepted - 1 - drafts.shape[1])
-            step_logits = step_logits[:, accepted:]
             if drops_rows and not all(going_on):
                 kept = unfinished[active].nonzero().squeeze(1)
                 streams = torch.cat([kept, kept + len(active)]) if guided else kept
-                active, input_ids, step_logits = active[kept], input_ids[streams], step_logits[streams]
+                active, input_ids = active[kept], input_ids[streams]
                 drawing = [one for one, goes_on in zip(drawing, going_on, strict=False) if goes_on]
                 self._keep_rows(streams, model_kwargs)
-            if self.draft_length:
-                room = generation_config.max_length - input_ids.shape[1] - 1
-                drafts = self._guess(
-                    step_logits,
-                    sequences[active],
-                    drawing,
-                    logits_processor,
-                    generation_config.do_sample,
-                    max(0, min(self.draft_length, room)),
-                )
+            room = generation_config.max_length - input_ids.shape[1] - 1
+            drafts = self._look_up(sequences[active], min(self.draft_length, room) if len(active) == 1 else 0)
             outputs = self._forward(forward, model, input_ids, drafts, model_kwargs)
 
         if self.streamer is not None:
@@ -271,30 +265,14 @@ class LavitDecodingLoop:
             past_key_values=model_kwargs.get("past_key_values"),
         )
 
-    def _guess(
-        self,
-        step_logits: torch.Tensor,
-        sequences: torch.LongTensor,
-        drawing: list[torch.Generator | None],
-        logits_processor: LogitsProcessorList,
-        do_sample: bool,
-        count: int,
-    ) -> torch.LongTensor:
-        """(B, count) ids to verify next: what the last forward says behind its rejected guesses, then repetition."""
-        rows, known = len(sequences), min(step_logits.shape[1], count)
-        guesses = sequences[:, -1:]
-        if known:
-            flat = step_logits[:, :known].flatten(0, 1)
-            repeated = sequences.repeat_interleave(known, dim=0)
-            guided = self.guidance_scale is not None
-            scores = logits_processor(repeated, self._guide(flat, repeated) if guided else flat)
-            if do_sample:
-                ahead = [None if one is None else one.clone_state() for one in drawing]
-                uniform = next_uniforms(ahead, known, scores.device)
-                guesses = draw(scores.softmax(-1), uniform.reshape(-1, 1)).view(rows, known)
-            else:
-                guesses = scores.argmax(-1).view(rows, known)
-        return torch.cat([guesses, guesses[:, -1:].expand(-1, count)], dim=1)[:, :count]
+    def _look_up(self, sequences: torch.LongTensor, count: int) -> torch.LongTensor:
+        """(B, n) ids to verify next, n up to `count`: how a known picture goes on. Of several rows none."""
+        if count < 1:
+            return sequences[:, :0]
+        recent = sequences[0, -LOOKED_AT:] - self.vocabulary.visual_offset
+        codes = self.known_pictures.continuation(recent.tolist(), count)
+        offset, end = self.vocabulary.visual_offset, self.vocabulary.eoi_token_id
+        return sequences.new_tensor([[end if code == END else offset + code for code in codes]], dtype=torch.long)
 
     def _forward(self, forward, model, input_ids: torch.LongTensor, drafts: torch.LongTensor, model_kwargs: dict):
         """The newest ids and their guessed successors through the model."""

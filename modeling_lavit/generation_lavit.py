@@ -19,6 +19,7 @@ from .decoding_lavit import (
     LavitRangeLogitsProcessor,
     image_state,
 )
+from .drafts_lavit import LavitDraftIndex, join_codes
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 from .prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
 
@@ -47,9 +48,10 @@ GENERATION_PRESETS: dict[str, dict[str, Any]] = {
         "guidance_scale": None,
         "min_image_tokens": 20,
         "max_image_tokens": 200,
+        "draft_length": 8,
     },
 }
-IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens")
+IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "draft_length")
 
 
 @dataclass
@@ -69,6 +71,7 @@ class LavitGenerationMixin(GenerationMixin):
     """
 
     uses_plain_steps = True
+    _draft_index: LavitDraftIndex | None = None
 
     @torch.no_grad()
     def generate(
@@ -85,7 +88,7 @@ class LavitGenerationMixin(GenerationMixin):
         generator: Generators = None,
         min_image_tokens: int | None = None,
         max_image_tokens: int | None = None,
-        draft_length: int = 0,
+        draft_length: int | None = None,
         reference_compat: bool = False,
         selection: str | None = None,
         keep_ratio: float | None = None,
@@ -112,8 +115,9 @@ class LavitGenerationMixin(GenerationMixin):
             min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
                 Both are clamped to the number of patches, more of which no image has, and in image mode to
                 `max_new_tokens` less one if that is given.
-            draft_length: mode image: so many codes are guessed ahead of each forward and verified by it. What is
-                written stays the same, in fewer forwards; see `LavitDecodingLoop`. Pays for single rows.
+            draft_length: mode image, of a model that knows pictures (see `set_draft_codes`): how many codes, at most,
+                are looked up there and verified by one forward; 0 for none. What is written stays the same, in fewer
+                forwards. Only a lone row does so, without beams and with a dynamic cache.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, pictures of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -137,19 +141,13 @@ class LavitGenerationMixin(GenerationMixin):
         if generation_mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode must be one of {GENERATION_MODES}, got {generation_mode!r}")
         drawing = generation_mode != "text"
-        if not drawing and any(value is not None for value in (guidance_scale, min_image_tokens, max_image_tokens)):
+        given = (guidance_scale, min_image_tokens, max_image_tokens, draft_length)
+        if not drawing and any(value is not None for value in given):
             raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
         if generation_mode == "interleaved" and reference_compat:
             raise ValueError("the reference has no interleaved mode to be compatible with")
         if generation_mode == "image" and "max_length" in kwargs:
             raise ValueError("in image mode max_image_tokens limits the length, not max_length")
-
-        if draft_length < 0 or (draft_length and (generation_mode != "image" or reference_compat)):
-            raise ValueError(
-                f"draft_length must be positive, and needs generation_mode 'image' without reference_compat: got "
-                f"{draft_length} with {generation_mode!r}"
-            )
-
         preset = self._preset(generation_preset or ("image" if drawing else None))
         defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS}
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
@@ -178,6 +176,9 @@ class LavitGenerationMixin(GenerationMixin):
         if generation_mode == "image" and config.max_new_tokens is not None:
             # pipelines set this general limit; [/IMG] counts in it
             limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
+        draft_length = self._draft_length(
+            draft_length, defaults["draft_length"], generation_mode, config, reference_compat
+        )
         return self._generate_images(
             prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
         )
@@ -190,6 +191,48 @@ class LavitGenerationMixin(GenerationMixin):
             names = sorted(GENERATION_PRESETS.keys() | of_model.keys())
             raise ValueError(f"generation_preset must be one of {names}, got {name!r}")
         return GENERATION_PRESETS.get(name, {}) | of_model.get(name, {})
+
+    def _draft_length(
+        self, given: int | None, default: int, generation_mode: str, config: GenerationConfig, reference_compat: bool
+    ) -> int:
+        """How many codes are looked up ahead; a default gives way where it cannot be, what was asked for raises."""
+        reasons = {
+            f"must not be negative, got {given}": (given or 0) < 0,
+            "needs generation_mode 'image' without reference_compat": generation_mode != "image" or reference_compat,
+            "needs pictures that the model knows: give it some by set_draft_codes": not self.config.num_draft_ids,
+            "does not go with num_beams": (self._chosen(config, "num_beams") or 1) > 1,
+            "needs a dynamic cache, from which codes can be taken back": (
+                (self._chosen(config, "cache_implementation") or "dynamic") != "dynamic"
+            ),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if given and reason:
+            raise ValueError(f"draft_length {reason}")
+        return 0 if reason else default if given is None else given
+
+    def set_draft_codes(self, pictures: list[torch.LongTensor]) -> None:
+        """Gives the model pictures to know, e.g. those that it was trained on: [`generate`] looks up there how a
+        picture may go on. They are saved with the weights, two bytes a code.
+
+        Args:
+            pictures: the codes (n,) of each. None at all takes away those that were there.
+
+        Raises:
+            ValueError: there are other codes among them than the codebook has.
+        """
+        for codes in pictures:
+            if codes.ndim != 1 or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocabulary.codebook_size:
+                raise ValueError(
+                    f"pictures must be codes (n,) from 0 to {self.config.vocabulary.codebook_size - 1}, got {codes}"
+                )
+        self.draft_ids = join_codes(pictures).to(self.device) if pictures else None
+        self.config.num_draft_ids = 0 if self.draft_ids is None else len(self.draft_ids)
+        self._draft_index = None
+
+    def _known_pictures(self) -> LavitDraftIndex:
+        if self._draft_index is None:
+            self._draft_index = LavitDraftIndex(self.draft_ids)
+        return self._draft_index
 
     def _image_limits(
         self, least: int | None, most: int | None, defaults: dict[str, Any], reference_compat: bool = False
@@ -338,8 +381,6 @@ class LavitGenerationMixin(GenerationMixin):
         if image_mode:
             config.eos_token_id = vocabulary.eoi_token_id
 
-        if draft_length and (beams > 1 or (self._chosen(config, "cache_implementation") or "dynamic") != "dynamic"):
-            raise ValueError("draft_length needs a dynamic cache, from which guesses can be taken back, and no beams")
         loop = None
         if beams == 1:
             loop = drawn.loop(
@@ -348,6 +389,7 @@ class LavitGenerationMixin(GenerationMixin):
                 num_prompts * (self._chosen(config, "num_return_sequences") or 1),
                 guidance_scale=guidance_scale if guided else None,
                 restart_unconditional=not image_mode,
+                known_pictures=self._known_pictures() if draft_length else None,
                 draft_length=draft_length,
             )
         elif guided and not drawn.reference_compat:

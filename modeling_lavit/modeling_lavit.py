@@ -234,6 +234,8 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         super().__init__(config)
         self.model = LavitModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        known = torch.zeros(config.num_draft_ids, dtype=torch.int16) if config.num_draft_ids else None
+        self.register_buffer("draft_ids", known)
         self.post_init()
 
     def get_image_features(self, pixel_values: torch.Tensor, **selection) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """Every stage trains through its real entry point, from recipe to result, and a cut run goes on where it was."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_lavit import LavitForConditionalGeneration, LavitPipeline, LavitVisualTokenizer
+from modeling_lavit.training import ablations
 from modeling_lavit.training.assemble import assemble
 from modeling_lavit.training.codebook import EMACodebook, kmeans
 from modeling_lavit.training.data import SampleNoise, augment, patchify
@@ -125,13 +127,29 @@ def test_a_killed_run_ends_as_an_uncut_one(stages, tmp_path):
         assert torch.equal(tensor, expected[key]), key
 
 
+def run_on_two_ranks(arguments: list[str], program: tuple[str, ...] = ("-m", "modeling_lavit.training.run")):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    return subprocess.run([*command, str(free_port()), *program, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def assert_same_curves(one: Path, two: Path, steps: int) -> None:
+    records = [read_log(run) for run in (one, two)]
+    assert len(records[0]) == steps
+    for first, second in zip(*records, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=5e-3)
+
+
 @pytest.mark.parametrize("stage", ["tokenizer", "language-model", "pixel-decoder"])
 def test_two_ranks_train_as_one_with_the_same_global_batch(stages, stage, tmp_path):
     name = stage.replace("-", "_")
     arguments = {
         "tokenizer": [f"encoder={stages['encoder']}", "model.codebook_size=32", "detokenizer.codebook_size=32"],
         "language-model": [f"tokenizer={stages['tokenizer']}", "start=null", "text_model.num_hidden_layers=1"],
-        "pixel-decoder": [f"tokenizer={stages['tokenizer']}", f"start={stages['features']}"],
+        "pixel-decoder": [
+            *(f"tokenizer={stages['tokenizer']}", f"start={stages['features']}"),
+            *("objective.perceptual_weight=0.1", "objective.condition_dropout=0.5"),
+        ],
     }[stage]
     # the language model goes into a second epoch, in which its samples are others
     steps = 8 if stage == "language-model" else 4
@@ -139,17 +157,73 @@ def test_two_ranks_train_as_one_with_the_same_global_batch(stages, stage, tmp_pa
     arguments = [stage, str(RECIPES / f"{name}.yaml"), *arguments, "training_arguments.save_steps=10"]
     main([*arguments, f"training_arguments.output_dir={tmp_path / 'one'}"])
     arguments += [f"training_arguments.output_dir={tmp_path / 'two'}"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    command += [str(free_port()), "-m", "modeling_lavit.training.run", *arguments]
-    done = subprocess.run(
-        [*command, "training_arguments.per_device_train_batch_size=3"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_on_two_ranks([*arguments, "training_arguments.per_device_train_batch_size=3"])
     assert not done.returncode, done.stderr[-3000:]
-    records = [read_log(tmp_path / run) for run in ("one", "two")]
-    assert len(records[0]) == steps
-    for one, two in zip(*records, strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=5e-3)
+    assert_same_curves(tmp_path / "one", tmp_path / "two", steps)
+
+
+def test_shards_train_as_one_whole_and_come_together_again(stages, tmp_path):
+    """FSDP: each rank holds a half of every parameter; a cut run goes on, and the result is that of one rank."""
+    arguments = [f"tokenizer={stages['tokenizer']}", "start=null", "text_model.num_hidden_layers=2"]
+    arguments += [DATA, *FEW_STEPS, "training_arguments.max_steps=4", "training_arguments.bf16=false"]
+    arguments = ["language-model", str(RECIPES / "language_model.yaml"), *arguments]
+    main([*arguments, f"training_arguments.output_dir={tmp_path / 'one'}"])
+    arguments += [f"training_arguments.output_dir={tmp_path / 'two'}", "training_arguments.fsdp=true"]
+    arguments += ["training_arguments.per_device_train_batch_size=3", "training_arguments.save_total_limit=2"]
+    program = (str(Path(__file__).parent / "fsdp_on_processors.py"),)
+    done = run_on_two_ranks(arguments, program)
+    assert not done.returncode, done.stderr[-3000:]
+    assert_same_curves(tmp_path / "one", tmp_path / "two", 4)
+    for folder in ("final", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "two" / folder)
+    done = run_on_two_ranks(arguments, program)  # from checkpoint-2
+    assert not done.returncode, done.stderr[-3000:]
+    assert_same_curves(tmp_path / "one", tmp_path / "two", 4)
+    expected = load_file(tmp_path / "one" / "final" / "model.safetensors")
+    for key, tensor in load_file(tmp_path / "two" / "final" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_a_stage_that_cannot_be_sharded_says_so(stages, tmp_path):
+    arguments = ["tokenizer", str(RECIPES / "tokenizer.yaml"), DATA, *FEW_STEPS, f"encoder={stages['encoder']}"]
+    arguments += [f"training_arguments.output_dir={tmp_path}", "training_arguments.fsdp=true"]
+    done = run_on_two_ranks(arguments, (str(Path(__file__).parent / "fsdp_on_processors.py"),))
+    assert done.returncode
+    assert "run it by DDP, without FSDP" in done.stderr
+
+
+def test_ablations_train_what_is_missing_and_write_their_table(stages, tmp_path):
+    fixtures = Path(__file__).parent / "fixtures"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Before\n{ablations.BEGIN}\nold\n{ablations.END}\nafter\n")
+    arguments = [
+        "--data",
+        str(fixtures / "emoji"),
+        "--encoder",
+        str(stages["encoder"]),
+        "--judge",
+        str(fixtures / "judge"),
+    ]
+    arguments += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results.json"), "--count", "3"]
+    arguments += ["--readme", str(readme), "--tokenizer-steps", "2", "--language-steps", "1", "--codebook-size", "32"]
+    ablations.main([*arguments, "--variants", "base", "--seeds", "0"])
+    cost = tmp_path / "runs" / "tokenizer_base_0" / "cost.json"
+    first = cost.stat().st_mtime_ns, (tmp_path / "results.json").read_text()
+    ablations.main([*arguments, "--variants", "base", "regression", "--seeds", "0"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert cost.stat().st_mtime_ns == first[0]  # it was not trained again, and regression takes the same tokenizer
+    assert results["base"] == json.loads(first[1])["base"]
+    assert not (tmp_path / "runs" / "tokenizer_regression_0").exists()
+    assert results["regression"]["0"]["train_top5"] == results["base"]["0"]["train_top5"]
+    assert all(json.loads(cost.read_text())["processor_seconds"] > 0 for cost in tmp_path.glob("runs/*/cost.json"))
+    text = readme.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith(f"{ablations.END}\nafter\n")
+    assert "old" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "variant" not in line]
+    assert [row.split(" | ")[0][2:] for row in rows] == [
+        ablations.VARIANTS[name].title for name in ("base", "regression")
+    ]
 
 
 def read_log(run: Path) -> list[dict]:

@@ -204,7 +204,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="data/emoji", help="image folder of the emoji")
     parser.add_argument("--encoder", default="runs/encoder/final", help="result of stage 0")
@@ -218,7 +218,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150, help="pictures and prompts of each split, at most")
     parser.add_argument("--output", type=Path, default=Path("training/logs/ablations.json"))
     parser.add_argument("--readme", type=Path, help=f"Markdown file; the table goes between {BEGIN} and {END}")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.readme and not {BEGIN, END} <= set(options.readme.read_text().splitlines()):
+        raise ValueError(f"{options.readme} has no lines {BEGIN} and {END} for the table to go between")
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
     judge = Judge.load(options.judge)
     for seed in options.seeds:

@@ -19,6 +19,7 @@ from ..modeling_lavit import LavitForConditionalGeneration
 from ..modeling_lavit_detokenizer import LavitDetokenizer
 from ..pipeline_lavit import LavitPipeline
 from ..processing import LavitProcessor
+from .data import PictureDataset, normalize_pictures
 from .train_pixel_decoder import AUTOENCODERS, UNETS, load_component
 
 
@@ -60,6 +61,18 @@ def average(language_model: Path, other: Path, share: float, output: Path) -> No
     LavitProcessor.from_pretrained(language_model).save_pretrained(output)
 
 
+@torch.no_grad()
+def draft_codes(model: LavitForConditionalGeneration, folder: str, batch_size: int = 64) -> list[torch.Tensor]:
+    """The codes of the training pictures of an image folder, for [`set_draft_codes`]."""
+    pictures = PictureDataset(folder, model.config.visual_config.image_size).pictures
+    tokenizer = model.model.visual_tokenizer
+    return [
+        codes
+        for batch in pictures.split(batch_size)
+        for codes in tokenizer.tokenize(normalize_pictures(batch.float() / 255)).split()
+    ]
+
+
 def load_in_float32(folder: Path) -> None:
     """Makes float32 the type in which half-precision files are loaded by default: what a CPU computes well."""
 
@@ -93,6 +106,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the other run in the average (default 0.5)")
     parser.add_argument("--scheduler", help="class of diffusers for drawing (default: DDIMScheduler)")
     parser.add_argument("--pixel-decoder", type=Path, required=True)
+    parser.add_argument("--draft-pictures", help="image folder: drawing looks up its pictures' codes ahead")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--default", nargs="*", default=[], help="e.g. num_inference_steps=10")
     parser.add_argument("--link-code", action="store_true", help="link to this checkout's code instead of copying it")
@@ -106,6 +120,9 @@ def main() -> None:
             language_model = Path(folder)
             average(options.language_model, options.average_with, options.share, language_model)
         pipe = assemble(language_model, options.pixel_decoder, torch.float16, defaults)
+        if options.draft_pictures:  # in float32, as they will be read
+            reader = LavitForConditionalGeneration.from_pretrained(language_model, dtype=torch.float32)
+            pipe.model.set_draft_codes(draft_codes(reader, options.draft_pictures))
         if options.scheduler:
             pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
         pipe.save_pretrained(options.output)

@@ -6,6 +6,7 @@ cut goes on from its last checkpoint when it is started again.
 """
 
 import argparse
+import copy
 import gc
 import importlib
 import json
@@ -125,6 +126,15 @@ def load_recipe(path: str, overrides: list[str]) -> dict:
     return recipe
 
 
+def without_parameters(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy whose parameters take no memory (they are on the meta device), for those that come back from shards."""
+    memo = {
+        id(parameter): torch.nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
 def last_complete_checkpoint(output_dir: Path) -> str | None:
     """The checkpoint to go on from. The trainer writes its state last, so what a killed run has left without one is
     passed over."""
@@ -159,10 +169,22 @@ def run(stage: str, recipe: dict) -> None:
         data_collator=getattr(dataset, "collate", collate_pictures),
         callbacks=[JsonLinesCallback(), EpochCallback(dataset), *callbacks],
     )
+    frame = None
+    if trainer.is_fsdp_enabled:
+        if not hasattr(model, "_no_split_modules"):
+            raise ValueError(
+                f"the stage {stage} updates weights outside of its optimizer: run it by DDP, without FSDP"
+            )
+        frame = without_parameters(model)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(Path(arguments.output_dir)))
+    state = None if frame is None else trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all ranks
     with alone():
         if trainer.is_world_process_zero():
-            whole = trainer.accelerator.unwrap_model(model).cpu()
+            if frame is None:
+                whole = trainer.accelerator.unwrap_model(model).cpu()
+            else:
+                frame.load_state_dict(state, assign=True)
+                whole = frame
             module.finish(whole, dataset, recipe, Path(arguments.output_dir) / "final")
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import AddedToken
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from ..configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
@@ -57,6 +58,7 @@ class LanguageModelTraining(nn.Module):
         self.wrapped = get_peft_model(model, LoraConfig(**recipe["lora"])) if recipe["lora"] else model
         model.model.visual_tokenizer.requires_grad_(False)
         model.model.understanding.requires_grad_(recipe["train_understanding"])
+        self._no_split_modules = model.model.language_model._no_split_modules  # what FSDP shards one by one
         if self.recipe["visual_loss"] not in VISUAL_LOSSES:
             raise ValueError(
                 f"objective.visual_loss must be one of {VISUAL_LOSSES}, got {self.recipe['visual_loss']!r}"
@@ -160,7 +162,8 @@ class LanguageModelTraining(nn.Module):
                 input_ids, labels, attention_mask = self.insert_codes(input_ids, labels, attention_mask, pixels, drawn)
                 pixels = pixels[~drawn]
         input_ids = self.corrupt(input_ids, labels, noise)
-        if pictures is not None and len(pixels):
+        is_reading = pictures is not None and len(pixels) > 0
+        if is_reading:
             expanded = model.model.expand_inputs(input_ids, pixels, attention_mask, labels, padding_side="right")
             embeds, attention_mask, labels = expanded.inputs_embeds, expanded.attention_mask, expanded.labels
         else:
@@ -179,7 +182,11 @@ class LanguageModelTraining(nn.Module):
         weights = torch.where(is_text, self.recipe["text_weight"], 1.0)
         kinds = {"code_loss": is_code, "text_loss": is_text}
         metrics = {key: losses[kind].mean().detach() for key, kind in kinds.items() if kind.any()}
-        return {"loss": ragged_mean(losses, weights), "metrics": metrics}
+        loss = ragged_mean(losses, weights)
+        if isinstance(self, FSDPModule) and not is_reading:
+            # other ranks may be reading, and sharded gradients are exchanged for the same parameters on all of them
+            loss = loss + 0 * sum(p.sum() for p in model.model.understanding.parameters() if p.requires_grad)
+        return {"loss": loss, "metrics": metrics}
 
 
 @torch.no_grad()

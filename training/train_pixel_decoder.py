@@ -24,6 +24,7 @@ from ..modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutpu
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..unet_lavit import LavitUNet2DConditionModel
 from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, result_of
+from .distributed import ragged_mean
 from .train_visual_tokenizer import load_encoder
 
 
@@ -50,11 +51,18 @@ class PixelDecoderTraining(nn.Module):
         self.vae = vae.requires_grad_(False)
         self.scheduler = scheduler
         self.trained = nn.ModuleDict({"detokenizer": detokenizer, "unet": unet})
+        kinds = {type(module).__name__ for module in unet.modules()}
+        self._no_split_modules = sorted(kinds & set(unet._no_split_modules))  # what FSDP shards one by one
         detokenizer.codebook.requires_grad_(False)
         if not self.recipe["train_detokenizer"]:
             detokenizer.requires_grad_(False)
             for parameter in readout(detokenizer).values():
                 parameter.requires_grad_(True)
+        if self.recipe["perceptual_weight"] and scheduler.config.prediction_type != "sample":
+            raise ValueError(
+                "objective.perceptual_weight needs a scheduler whose prediction_type is 'sample', got "
+                f"{scheduler.config.prediction_type!r}"
+            )
         self.register_buffer("updates", torch.tensor(0))
         self.average = copy.deepcopy(self.trained).requires_grad_(False)
 
@@ -117,16 +125,15 @@ class PixelDecoderTraining(nn.Module):
             "added_cond_kwargs": {"text_embeds": torch.where(keep[:, None], *pooled), "time_ids": time_ids},
         }
 
-    def perceptual_distance(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-        """Cosine distance, averaged over patches, between what the tokenizer's encoder sees in the pictures of predicted
-        latents (B, C, h, w) and in the pictures (B, 3, S, S) in [0, 1] themselves (LPIPS, arXiv 1801.03924, with the
-        encoder that is here): squared errors alone blur what tells one drawing style from another."""
-        if not len(pictures):
-            return latents.sum() * 0
+    def perceptual_distances(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+        """Cosine distances (B,), means over patches, between what the tokenizer's encoder sees in the pictures of
+        predicted latents (B, C, h, w) and in the pictures (B, 3, S, S) in [0, 1] themselves (as LPIPS, arXiv
+        1801.03924, with the encoder that is here): squared errors alone blur what tells one drawing style from
+        another."""
         predicted = self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() / 2 + 0.5
         with torch.no_grad():
             seen = self.features(pictures)
-        return (1 - F.cosine_similarity(self.features(predicted), seen, dim=-1)).mean()
+        return (1 - F.cosine_similarity(self.features(predicted), seen, dim=-1)).mean(1)
 
     def forward(self, pictures, noise: SampleNoise, progress: float = 1.0, **labels):
         pictures = augment(pictures.float() / 255, noise, **self.augmentation)
@@ -153,9 +160,7 @@ class PixelDecoderTraining(nn.Module):
         noisy = variance > 0.9
         metrics = {"error": error.mean().detach(), "error_noisy": error[noisy].mean().detach()}
         if self.recipe["perceptual_weight"]:
-            if kind != "sample":
-                raise ValueError(f"perceptual_weight needs a scheduler that predicts the sample, not {kind!r}")
-            distance = self.perceptual_distance(prediction[keep], pictures[keep])
+            distance = ragged_mean(self.perceptual_distances(prediction, pictures), keep.float())
             loss = loss + self.recipe["perceptual_weight"] * distance
             metrics["perceptual"] = distance.detach()
         return {"loss": loss, "metrics": {k: v for k, v in metrics.items() if v.isfinite()}}

@@ -1,0 +1,51 @@
+"""Pictures that a model knows as codes, and how they say what may come next: retrieval-based speculative decoding
+(arXiv 2311.08252)."""
+
+import torch
+import torch.nn.functional as F
+
+
+END = -1  # behind the codes of every picture
+LOOKED_AT = 16  # so many codes of what is written are compared
+
+
+def join_codes(pictures: list[torch.Tensor]) -> torch.Tensor:
+    """The codes (n,) of pictures in one line (N,) int16, each with [`END`] behind it."""
+    return torch.cat([F.pad(codes.to("cpu", torch.int16), (0, 1), value=END) for codes in pictures])
+
+
+class LavitDraftIndex:
+    """Finds where in known pictures the codes stand that were written last, and what came then.
+
+    Args:
+        known: (N,) of [`join_codes`].
+    """
+
+    def __init__(self, known: torch.Tensor):
+        # something stands before the first
+        self.codes = F.pad(known.long().cpu(), (LOOKED_AT, 0), value=END)
+        pairs = self._pair(self.codes[:-2], self.codes[1:-1])
+        self.pairs, self.order = pairs.sort(stable=True)
+
+    @staticmethod
+    def _pair(first, second):
+        return first * 2**16 + second
+
+    def continuation(self, written: list[int], count: int) -> list[int]:
+        """The codes, `count` at most, that came behind the longest end of `written` that is known; [`END`] comes last.
+
+        Args:
+            written: codes of the picture so far. Fewer than two, or two that never stood side by side: none come.
+        """
+        if len(written) < 2 or count < 1:
+            return []
+        pair = torch.tensor(self._pair(*written[-2:]))
+        first, last = (int(torch.searchsorted(self.pairs, pair, right=right)) for right in (False, True))
+        if first == last:
+            return []
+        next_ones = self.order[first:last] + 2
+        recent = torch.tensor(written[-LOOKED_AT:]).flip(0)
+        before = self.codes[next_ones[:, None] - torch.arange(1, len(recent) + 1)]
+        best = (before == recent).long().cumprod(1).sum(1).argmax()
+        found = self.codes[next_ones[best] :][:count].tolist()
+        return found[: found.index(END) + 1] if END in found else found

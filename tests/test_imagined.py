@@ -1,0 +1,108 @@
+"""What a model draws for itself to learn from: with the embedded checkpoint on a few pictures."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
+from modeling_lavit.training.data import PictureDataset
+from modeling_lavit.training.imagined import imagine, missing_pairs, read_codes
+from modeling_lavit.training.run import load_recipe
+from modeling_lavit.training.samples import PictureSamples
+from modeling_lavit.training.train_language_model import build
+
+
+ROOT = Path(__file__).parents[1]
+EMOJI = Path(__file__).parent / "fixtures" / "emoji"
+CHECKPOINT = ROOT / "checkpoints" / "lavit-emoji"
+NAMES = ("cat face", "sunflower")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two things, each in two of three styles."""
+    folder = tmp_path_factory.mktemp("emoji")
+    records = [json.loads(line) for line in (EMOJI / "metadata.jsonl").read_text().splitlines()]
+    records = [record for record in records if record["name"] in NAMES and record["split"] == "train"]
+    for record in records:
+        (folder / record["file_name"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(EMOJI / record["file_name"], folder / record["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(folder) -> PictureDataset:
+    return PictureDataset(str(folder), 48)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    model = LavitForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    return model, LavitProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def imagined(embedded, pictures):
+    return imagine(*embedded, pictures, number=3, seed=0)
+
+
+def test_missing_pairs_are_those_without_a_picture(pictures):
+    there = {
+        (pictures.names[n], pictures.styles[s])
+        for n, s in zip(pictures.name.tolist(), pictures.style.tolist(), strict=True)
+    }
+    missing = {(pictures.names[name], pictures.styles[style]) for name, style in missing_pairs(pictures)}
+    assert missing
+    assert not missing & there
+    assert len(missing) + len(there) == len(pictures.names) * len(pictures.styles)
+
+
+def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, pictures, imagined):
+    model, processor = embedded
+    assert imagined
+    assert {(picture.name, picture.style) for picture in imagined} <= set(missing_pairs(pictures))
+    for picture in imagined:
+        assert read_codes(model, processor, [picture.codes]) == [pictures.names[picture.name]]
+    again = imagine(model, processor, pictures, number=3, seed=0, batch_size=2)
+    assert [p.codes.tolist() for p in again] == [p.codes.tolist() for p in imagined]
+    others = imagine(model, processor, pictures, number=3, seed=1)
+    assert [p.codes.tolist() for p in others] != [p.codes.tolist() for p in imagined]
+
+
+@pytest.mark.parametrize("task", ["draw", "restyle"])
+def test_imagined_pictures_are_targets_of_their_share(embedded, pictures, imagined, task):
+    processor = embedded[1]
+    codes = [[torch.tensor([7, 8, 9])] for _ in pictures.pictures]
+    targets = {tuple((picture.codes + processor.visual_offset).tolist()): picture for picture in imagined}
+    seen = 0
+    for epoch in range(20):
+        samples = PictureSamples(pictures, codes, processor, {task: 1.0}, 0.0, 0, imagined, 0.5)
+        samples.set_epoch(epoch)
+        for position in range(len(samples)):
+            item = samples[position]
+            learnt = tuple(i for i in item["labels"] if i >= processor.visual_offset)
+            read = processor.tokenizer.decode([i for i in item["ids"][: item["ids"].index(learnt[0])] if i < 1000])
+            if learnt in targets:
+                seen += 1
+                assert pictures.styles[targets[learnt].style] in read or task == "draw"
+                # its source in another style stands before it
+                assert (processor.boi_token_id in item["ids"][:1]) == (task == "restyle")
+    assert 0.3 < seen / (20 * len(pictures)) < 0.7
+
+
+def test_a_stage_that_imagines_needs_a_start(folder):
+    recipe = load_recipe(
+        str(ROOT / "training" / "recipes" / "language_model.yaml"),
+        [f"data.folder={folder}", f"start={CHECKPOINT}", "tokenizer=null", "imagined={number: 1, share: 0.5}"],
+    )
+    dataset = build(recipe)[1]
+    assert dataset.imagined
+    assert random.Random(0).choice(dataset.imagined).codes.dtype == torch.long
+    recipe["start"], recipe["tokenizer"] = None, None
+    with pytest.raises(ValueError, match="tokenizer"):
+        build(recipe)
