@@ -112,7 +112,7 @@ def samples_sheet(pictures: dict, count: int = 24, seed: int = 0, size: int = 96
     for split, (rows, drawn, reconstructed) in pictures.items():
         chosen = np.random.default_rng(seed).choice(len(rows.names), min(count, len(rows.names)), replace=False)
         for i in chosen:
-            label = f"{rows.names[i]}\n{rows.styles[i]}" + (", held out" if split == "held_out" else "")
+            label = f"{rows.names[i]}\n{rows.styles[i]}" + ("\nheld out" if split == "held_out" else "")
             column = [_square(image, size) for image in (rows.images[i], drawn[i], reconstructed[i])]
             cells.append((label, join(column, down=True)))
     return draw_sheet(cells, columns)

@@ -171,7 +171,8 @@ def evaluate(pipe, judge: Judge, data: str, count: int, seeds: int) -> tuple[dic
     evaluation = Evaluation(pipe, judge)
     everything = PictureRows(data, "train")
     splits = {"seen": PictureRows(data, "train", count), "held_out": PictureRows(data, "held_out")}
-    report: dict = {"tokens": evaluation.tokens(everything), "seconds_from_text": evaluation.seconds_from_text()}
+    report: dict = {"tokens": evaluation.tokens(everything)}
+    report |= {"seconds_from_text": evaluation.seconds_from_text(), "threads": torch.get_num_threads()}
     pictures = {}
     for split, rows in splits.items():
         figures = {"pictures": len(rows), "judge_on_real": evaluation.real(rows)}

@@ -49,3 +49,33 @@ class LavitDraftIndex:
         best = (before == recent).long().cumprod(1).sum(1).argmax()
         found = self.codes[next_ones[best] :][:count].tolist()
         return found[: found.index(END) + 1] if END in found else found
+
+
+class LavitDraftMixin:
+    """What a model knows of pictures: its buffer `draft_ids` and `config.num_draft_ids`."""
+
+    _draft_index: LavitDraftIndex | None = None
+
+    def set_draft_codes(self, pictures: list[torch.LongTensor]) -> None:
+        """Gives the model pictures to know, e.g. those that it was trained on: [`generate`] looks up there how a
+        picture may go on. They are saved with the weights, two bytes a code.
+
+        Args:
+            pictures: the codes (n,) of each. None at all takes away those that were there.
+
+        Raises:
+            ValueError: there are other codes among them than the codebook has.
+        """
+        for codes in pictures:
+            if codes.ndim != 1 or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocabulary.codebook_size:
+                raise ValueError(
+                    f"pictures must be codes (n,) from 0 to {self.config.vocabulary.codebook_size - 1}, got {codes}"
+                )
+        self.draft_ids = join_codes(pictures).to(self.device) if pictures else None
+        self.config.num_draft_ids = 0 if self.draft_ids is None else len(self.draft_ids)
+        self._draft_index = None
+
+    def _known_pictures(self) -> LavitDraftIndex:
+        if self._draft_index is None:
+            self._draft_index = LavitDraftIndex(self.draft_ids)
+        return self._draft_index

@@ -19,7 +19,7 @@ from .decoding_lavit import (
     LavitRangeLogitsProcessor,
     image_state,
 )
-from .drafts_lavit import LavitDraftIndex, join_codes
+from .drafts_lavit import LavitDraftMixin
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 from .prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
 
@@ -64,14 +64,13 @@ class LavitPrompt:
     selection: dict[str, Any]
 
 
-class LavitGenerationMixin(GenerationMixin):
+class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
     """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays.
 
     `uses_plain_steps`: whether a plain Llama is stepped by `llama_step`; False steps through its modules.
     """
 
     uses_plain_steps = True
-    _draft_index: LavitDraftIndex | None = None
 
     @torch.no_grad()
     def generate(
@@ -209,30 +208,6 @@ class LavitGenerationMixin(GenerationMixin):
         if given and reason:
             raise ValueError(f"draft_length {reason}")
         return 0 if reason else default if given is None else given
-
-    def set_draft_codes(self, pictures: list[torch.LongTensor]) -> None:
-        """Gives the model pictures to know, e.g. those that it was trained on: [`generate`] looks up there how a
-        picture may go on. They are saved with the weights, two bytes a code.
-
-        Args:
-            pictures: the codes (n,) of each. None at all takes away those that were there.
-
-        Raises:
-            ValueError: there are other codes among them than the codebook has.
-        """
-        for codes in pictures:
-            if codes.ndim != 1 or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocabulary.codebook_size:
-                raise ValueError(
-                    f"pictures must be codes (n,) from 0 to {self.config.vocabulary.codebook_size - 1}, got {codes}"
-                )
-        self.draft_ids = join_codes(pictures).to(self.device) if pictures else None
-        self.config.num_draft_ids = 0 if self.draft_ids is None else len(self.draft_ids)
-        self._draft_index = None
-
-    def _known_pictures(self) -> LavitDraftIndex:
-        if self._draft_index is None:
-            self._draft_index = LavitDraftIndex(self.draft_ids)
-        return self._draft_index
 
     def _image_limits(
         self, least: int | None, most: int | None, defaults: dict[str, Any], reference_compat: bool = False
