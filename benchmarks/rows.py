@@ -151,6 +151,17 @@ def merger(options: Options) -> Comparison:
 
 
 @row
+def merger_batch(options: Options) -> Comparison:
+    """Merger, four pictures, 36 % kept, float32"""
+    merger, features, mask = _merger_and_input(visual_config(options, attention_epsilon=0), pictures=4)
+    return Comparison(
+        Way("kept tokens only", lambda: merger(features, mask)),
+        Way("dense", lambda: reference_like.merge(merger, features, mask)),
+        bar=2.3,
+    )
+
+
+@row
 def merger_with_leak(options: Options) -> Comparison:
     """Merger with the official leak, one picture, 36 % kept, float32"""
     merger, features, mask = _merger_and_input(visual_config(options))
@@ -170,10 +181,12 @@ def merger_kept_only(options: Options) -> Comparison:
     )
 
 
-def _merger_and_input(config: LavitVisualTokenizerConfig) -> tuple[LavitTokenMerger, torch.Tensor, torch.Tensor]:
+def _merger_and_input(
+    config: LavitVisualTokenizerConfig, pictures: int = 1
+) -> tuple[LavitTokenMerger, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    features = torch.randn(1, config.num_patches, config.hidden_size)
-    return LavitTokenMerger(config).eval(), features, random_mask(1, config.num_patches)
+    features = torch.randn(pictures, config.num_patches, config.hidden_size)
+    return LavitTokenMerger(config).eval(), features, random_mask(pictures, config.num_patches)
 
 
 @row
