@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model
 
 from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
-from modeling_lavit.training.data import PictureDataset
+from modeling_lavit.training.data import PictureDataset, normalize_pictures
 from modeling_lavit.training.imagined import imagine, missing_pairs, read_codes
 from modeling_lavit.training.run import load_recipe
 from modeling_lavit.training.samples import PictureSamples
-from modeling_lavit.training.train_language_model import build
+from modeling_lavit.training.train_language_model import build, imagine_for
 
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +48,14 @@ def embedded():
 
 
 @pytest.fixture(scope="module")
-def imagined(embedded, pictures):
-    return imagine(*embedded, pictures, number=3, seed=0)
+def codes(embedded, pictures) -> list[list[torch.Tensor]]:
+    tokenizer = embedded[0].model.visual_tokenizer
+    return [[one] for one in tokenizer.tokenize(normalize_pictures(pictures.pictures.float() / 255)).split()]
+
+
+@pytest.fixture(scope="module")
+def imagined(embedded, pictures, codes):
+    return imagine(*embedded, pictures, codes, number=4, guidance_scale=3.0, seed=0)
 
 
 def test_missing_pairs_are_those_without_a_picture(pictures):
@@ -62,15 +69,15 @@ def test_missing_pairs_are_those_without_a_picture(pictures):
     assert len(missing) + len(there) == len(pictures.names) * len(pictures.styles)
 
 
-def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, pictures, imagined):
+def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, pictures, codes, imagined):
     model, processor = embedded
     assert imagined
     assert {(picture.name, picture.style) for picture in imagined} <= set(missing_pairs(pictures))
     for picture in imagined:
         assert read_codes(model, processor, [picture.codes]) == [pictures.names[picture.name]]
-    again = imagine(model, processor, pictures, number=3, seed=0, batch_size=2)
+    again = imagine(model, processor, pictures, codes, number=4, guidance_scale=3.0, seed=0, batch_size=2)
     assert [p.codes.tolist() for p in again] == [p.codes.tolist() for p in imagined]
-    others = imagine(model, processor, pictures, number=3, seed=1)
+    others = imagine(model, processor, pictures, codes, number=4, guidance_scale=3.0, seed=1)
     assert [p.codes.tolist() for p in others] != [p.codes.tolist() for p in imagined]
 
 
@@ -98,11 +105,20 @@ def test_imagined_pictures_are_targets_of_their_share(embedded, pictures, imagin
 def test_a_stage_that_imagines_needs_a_start(folder):
     recipe = load_recipe(
         str(ROOT / "training" / "recipes" / "language_model.yaml"),
-        [f"data.folder={folder}", f"start={CHECKPOINT}", "tokenizer=null", "imagined={number: 1, share: 0.5}"],
+        [
+            f"data.folder={folder}",
+            f"start={CHECKPOINT}",
+            "tokenizer=null",
+            "imagined.number=4",
+        ],
     )
     dataset = build(recipe)[1]
     assert dataset.imagined
     assert random.Random(0).choice(dataset.imagined).codes.dtype == torch.long
-    recipe["start"], recipe["tokenizer"] = None, None
-    with pytest.raises(ValueError, match="tokenizer"):
-        build(recipe)
+    processor = dataset.sequences.processor
+    recipe["start"] = None
+    with pytest.raises(ValueError, match="imagined.model"):
+        imagine_for(recipe, None, processor, dataset.pictures, dataset.codes, 0)
+    recipe["imagined"]["model"] = str(CHECKPOINT)
+    with pytest.raises(ValueError, match="other codes"):
+        imagine_for(recipe, tiny_model(), processor, dataset.pictures, dataset.codes, 0)

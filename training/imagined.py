@@ -1,10 +1,12 @@
 """Pictures that a model draws for itself: of every name in every style of which no picture is there.
 
-A model that is asked for a picture "in this style" has to join what it sees with a style of which it has never seen
-this thing. Drawing from text does so better than drawing from a picture; what is drawn from text, and what the model
-itself still recognises, serves as targets for both (self-training with a filter, as in arXiv 1911.04252).
+A model that draws a thing in a style in which it has never seen it may get either wrong. It redraws pictures of the
+thing in that style; those that it still recognises serve as targets (self-training with a filter, as in arXiv
+1911.04252). They come from pictures, not from names: what is drawn from a name alone has its style right less often.
 """
 
+import random
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,7 @@ import torch
 from ..modeling_lavit import LavitForConditionalGeneration
 from ..processing import LavitProcessor
 from .data import PictureDataset
-
-
-PROMPT = "{name} in {style} style"
+from .text import restyling_prompt
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,17 @@ def missing_pairs(pictures: PictureDataset) -> list[tuple[int, int]]:
     return sorted({(name, style) for name in names for style in styles} - there)
 
 
+def picture_ids(processor: LavitProcessor, codes: torch.Tensor) -> list[int]:
+    """Codes (n,) as a prompt holds them."""
+    return [processor.boi_token_id, *(codes + processor.visual_offset).tolist(), processor.eoi_token_id]
+
+
 @torch.no_grad()
 def read_codes(
     model: LavitForConditionalGeneration, processor: LavitProcessor, pictures: list[torch.Tensor]
 ) -> list[str]:
     """The model's captions of pictures, each the codes (n,) of one."""
-    rows = [
-        [processor.boi_token_id, *(codes + processor.visual_offset).tolist(), processor.eoi_token_id]
-        for codes in pictures
-    ]
+    rows = [picture_ids(processor, codes) for codes in pictures]
     inputs = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     ids = model.generate(**inputs, generation_preset="caption")
     return processor.post_process_answer(ids, input_ids=inputs["input_ids"])
@@ -52,26 +54,41 @@ def imagine(
     model: LavitForConditionalGeneration,
     processor: LavitProcessor,
     pictures: PictureDataset,
+    codes: list[list[torch.Tensor]],
     number: int,
+    guidance_scale: float,
     seed: int,
     batch_size: int = 48,
 ) -> list[ImaginedPicture]:
-    """Draws every missing pair `number` times from text and keeps the pictures whose caption is the name.
+    """Draws every missing pair `number` times, from pictures with its name, and keeps those whose caption is the name.
 
     Args:
         model: draws and reads, with the presets of its generation config.
+        codes: the pictures' own, the first of each list.
         number: of tries a pair.
+        guidance_scale: for drawing from pictures.
         seed: decides every picture.
     """
     pairs = missing_pairs(pictures) * number
+    draw, words = random.Random(seed), processor.tokenizer
+    same_name = defaultdict(list)
+    for index, name in enumerate(pictures.name.tolist()):
+        same_name[name].append(index)
     kept, mode = [], model.training
     model.eval()
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
-        prompts = [PROMPT.format(name=pictures.names[name], style=pictures.styles[style]) for name, style in part]
+        prompts = [
+            picture_ids(processor, codes[draw.choice(same_name[name])][0])
+            + processor.tokenizer(restyling_prompt(draw, pictures.styles[style]), add_special_tokens=False)[
+                "input_ids"
+            ]
+            for name, style in part
+        ]
         ids = model.generate(
-            **processor(text=prompts, generation_mode="image", return_tensors="pt", padding=True),
+            **words.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt"),
             generation_mode="image",
+            guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(part))],
         )
         drawn = processor.post_process_multimodal_output(ids, generation_mode="image")

@@ -28,7 +28,7 @@ from ..processing import LavitImageProcessor, LavitProcessor
 from ..prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
 from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, result_of
 from .distributed import ragged_mean
-from .imagined import imagine
+from .imagined import ImaginedPicture, imagine
 from .packing import pack
 from .regression import RegressionHead
 from .samples import PictureSamples, SourceSampleList, SourceSamples, SourceSampleStream
@@ -304,16 +304,35 @@ def build_model(recipe: dict, texts: list[str] | None) -> tuple[LavitForConditio
     return model, processor
 
 
+def imagine_for(
+    recipe: dict, model: LavitForConditionalGeneration, processor: LavitProcessor, pictures, codes, seed: int
+) -> list[ImaginedPicture]:
+    """What [`imagine`] makes by the recipe's section, drawn by `imagined.model`, or by the recipe's start.
+
+    Raises:
+        ValueError: there is no model that can draw, or one with other codes.
+    """
+    section = recipe["imagined"]
+    if not section["number"]:
+        return []
+    if section["model"]:
+        start, model = model, LavitForConditionalGeneration.from_pretrained(section["model"], dtype=torch.float32)
+        codebooks = (one.model.visual_tokenizer.quantizer.codebook.weight for one in (start, model))
+        if not torch.equal(*codebooks):
+            raise ValueError(f"imagined.model {section['model']} has other codes than the tokenizer of this run")
+    elif not recipe["start"]:
+        raise ValueError("imagined.number needs a model that can draw and read: a start, or imagined.model")
+    return imagine(model, processor, pictures, codes, section["number"], section["guidance_scale"], seed)
+
+
 def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, processor: LavitProcessor):
     """The data set of samples that the recipe's `mixture` describes."""
     seed = recipe["training_arguments"].get("seed", 42)
     dropout = recipe["objective"]["prompt_dropout"]
     if isinstance(pictures, PictureDataset):
         codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
-        number, share = recipe["imagined"]["number"], recipe["imagined"]["share"]
-        if number and not recipe["start"]:
-            raise ValueError("imagined.number needs a start that can draw and read")
-        imagined = imagine(model, processor, pictures, number, seed) if number else []
+        imagined = imagine_for(recipe, model, processor, pictures, codes, seed)
+        share = recipe["imagined"]["share"]
         return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed, imagined, share)
     size = model.config.visual_config.image_size
     texts = load_source(recipe["text_data"], size, with_pictures=False) if recipe["text_data"] else None
