@@ -3,6 +3,7 @@
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 
 END = -1  # behind the codes of every picture
@@ -79,3 +80,21 @@ class LavitDraftMixin:
         if self._draft_index is None:
             self._draft_index = LavitDraftIndex(self.draft_ids)
         return self._draft_index
+
+    def _draft_length(
+        self, given: int | None, default: int, generation_mode: str, config: GenerationConfig, reference_compat: bool
+    ) -> int:
+        """How many codes are looked up ahead; a default gives way where it cannot be, what was asked for raises."""
+        reasons = {
+            f"must not be negative, got {given}": (given or 0) < 0,
+            "needs generation_mode 'image' without reference_compat": generation_mode != "image" or reference_compat,
+            "needs pictures that the model knows: give it some by set_draft_codes": not self.config.num_draft_ids,
+            "does not go with num_beams": (self._chosen(config, "num_beams") or 1) > 1,
+            "needs a dynamic cache, from which codes can be taken back": (
+                (self._chosen(config, "cache_implementation") or "dynamic") != "dynamic"
+            ),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if given and reason:
+            raise ValueError(f"draft_length {reason}")
+        return 0 if reason else default if given is None else given

@@ -191,24 +191,6 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
             raise ValueError(f"generation_preset must be one of {names}, got {name!r}")
         return GENERATION_PRESETS.get(name, {}) | of_model.get(name, {})
 
-    def _draft_length(
-        self, given: int | None, default: int, generation_mode: str, config: GenerationConfig, reference_compat: bool
-    ) -> int:
-        """How many codes are looked up ahead; a default gives way where it cannot be, what was asked for raises."""
-        reasons = {
-            f"must not be negative, got {given}": (given or 0) < 0,
-            "needs generation_mode 'image' without reference_compat": generation_mode != "image" or reference_compat,
-            "needs pictures that the model knows: give it some by set_draft_codes": not self.config.num_draft_ids,
-            "does not go with num_beams": (self._chosen(config, "num_beams") or 1) > 1,
-            "needs a dynamic cache, from which codes can be taken back": (
-                (self._chosen(config, "cache_implementation") or "dynamic") != "dynamic"
-            ),
-        }
-        reason = next((reason for reason, holds in reasons.items() if holds), None)
-        if given and reason:
-            raise ValueError(f"draft_length {reason}")
-        return 0 if reason else default if given is None else given
-
     def _image_limits(
         self, least: int | None, most: int | None, defaults: dict[str, Any], reference_compat: bool = False
     ) -> tuple[int, int]:
