@@ -53,9 +53,14 @@ def codes(embedded, pictures) -> list[list[torch.Tensor]]:
     return [[one] for one in tokenizer.tokenize(normalize_pictures(pictures.pictures.float() / 255)).split()]
 
 
+@pytest.fixture(scope="module", params=["picture", "name"])
+def how(request) -> dict:
+    return {"number": 4, "source": request.param, "guidance_scale": 3.0}
+
+
 @pytest.fixture(scope="module")
-def imagined(embedded, pictures, codes):
-    return imagine(*embedded, pictures, codes, number=4, guidance_scale=3.0, seed=0)
+def imagined(embedded, pictures, codes, how):
+    return imagine(*embedded, pictures, codes, seed=0, **how)
 
 
 def test_missing_pairs_are_those_without_a_picture(pictures):
@@ -69,16 +74,17 @@ def test_missing_pairs_are_those_without_a_picture(pictures):
     assert len(missing) + len(there) == len(pictures.names) * len(pictures.styles)
 
 
-def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, pictures, codes, imagined):
+def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, pictures, codes, how, imagined):
     model, processor = embedded
     assert imagined
     assert {(picture.name, picture.style) for picture in imagined} <= set(missing_pairs(pictures))
     for picture in imagined:
         assert read_codes(model, processor, [picture.codes]) == [pictures.names[picture.name]]
-    again = imagine(model, processor, pictures, codes, number=4, guidance_scale=3.0, seed=0, batch_size=2)
+    again = imagine(model, processor, pictures, codes, seed=0, batch_size=2, **how)
     assert [p.codes.tolist() for p in again] == [p.codes.tolist() for p in imagined]
-    others = imagine(model, processor, pictures, codes, number=4, guidance_scale=3.0, seed=1)
-    assert [p.codes.tolist() for p in others] != [p.codes.tolist() for p in imagined]
+    others = imagine(model, processor, pictures, codes, seed=1, **how)
+    if how["source"] == "picture":  # what is drawn from a name it knows by heart
+        assert [p.codes.tolist() for p in others] != [p.codes.tolist() for p in imagined]
 
 
 @pytest.mark.parametrize("task", ["draw", "restyle"])
@@ -121,4 +127,7 @@ def test_a_stage_that_imagines_needs_a_start(folder):
         imagine_for(recipe, None, processor, dataset.pictures, dataset.codes, 0)
     recipe["imagined"]["model"] = str(CHECKPOINT)
     with pytest.raises(ValueError, match="other codes"):
+        imagine_for(recipe, tiny_model(), processor, dataset.pictures, dataset.codes, 0)
+    recipe["start"], recipe["imagined"] = str(CHECKPOINT), recipe["imagined"] | {"model": None, "source": "style"}
+    with pytest.raises(ValueError, match="imagined.source"):
         imagine_for(recipe, tiny_model(), processor, dataset.pictures, dataset.codes, 0)

@@ -26,14 +26,13 @@ from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitProcessor
 from .data import PictureDataset, normalize_pictures
 from .regression import RegressionHead, draw_by_regression
-from .text import DRAWING_PROMPTS
+from .text import NAME_AND_STYLE
 from .train_visual_tokenizer import load_encoder
 
 
 RECIPES = Path(__file__).parent / "recipes"
 BEGIN, END = "<!-- ABLATIONS -->", "<!-- /ABLATIONS -->"
 GUIDANCE_SCALE, TOP_K = 3.0, 50
-PROMPT = DRAWING_PROMPTS[2]  # name and style
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def evaluate_variant(name: str, seed: int, options: argparse.Namespace, judge: J
         drawn = []
         for start in range(0, len(rows), 25):
             part = slice(start, start + 25)
-            prompts = [PROMPT.format(name=n, style=s) for n, s in zip(names[part], styles[part], strict=True)]
+            prompts = [NAME_AND_STYLE.format(name=n, style=s) for n, s in zip(names[part], styles[part], strict=True)]
             if head is not None:
                 drawn += draw_by_regression(model, head, processor, prompts, GUIDANCE_SCALE)
                 continue

@@ -2,7 +2,7 @@
 
 A model that draws a thing in a style in which it has never seen it may get either wrong. It redraws pictures of the
 thing in that style; those that it still recognises serve as targets (self-training with a filter, as in arXiv
-1911.04252). They come from pictures, not from names: what is drawn from a name alone has its style right less often.
+1911.04252). What is drawn from a name alone has its name right more often, and its style less often.
 """
 
 import random
@@ -14,7 +14,10 @@ import torch
 from ..modeling_lavit import LavitForConditionalGeneration
 from ..processing import LavitProcessor
 from .data import PictureDataset
-from .text import restyling_prompt
+from .text import NAME_AND_STYLE, restyling_prompt
+
+
+SOURCES = ("picture", "name")
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,28 @@ def imagine(
     pictures: PictureDataset,
     codes: list[list[torch.Tensor]],
     number: int,
+    source: str,
     guidance_scale: float,
     seed: int,
     batch_size: int = 48,
 ) -> list[ImaginedPicture]:
-    """Draws every missing pair `number` times, from pictures with its name, and keeps those whose caption is the name.
+    """Draws every missing pair `number` times and keeps the pictures whose caption is the name.
 
     Args:
         model: draws and reads, with the presets of its generation config.
         codes: the pictures' own, the first of each list.
         number: of tries a pair.
-        guidance_scale: for drawing from pictures.
+        source: "picture" draws from a picture of that name and "in this style", "name" from both as text.
+        guidance_scale: of the drawing.
         seed: decides every picture.
+
+    Raises:
+        ValueError: another source.
     """
+    if source not in SOURCES:
+        raise ValueError(f"imagined.source must be one of {SOURCES}, got {source!r}")
     pairs = missing_pairs(pictures) * number
-    draw, words = random.Random(seed), processor.tokenizer
+    draw, words, bare = random.Random(seed), processor.tokenizer, {"add_special_tokens": False}
     same_name = defaultdict(list)
     for index, name in enumerate(pictures.name.tolist()):
         same_name[name].append(index)
@@ -79,10 +89,10 @@ def imagine(
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
         prompts = [
-            picture_ids(processor, codes[draw.choice(same_name[name])][0])
-            + processor.tokenizer(restyling_prompt(draw, pictures.styles[style]), add_special_tokens=False)[
-                "input_ids"
-            ]
+            words(NAME_AND_STYLE.format(name=pictures.names[name], style=pictures.styles[style]), **bare)["input_ids"]
+            if source == "name"
+            else picture_ids(processor, codes[draw.choice(same_name[name])][0])
+            + words(restyling_prompt(draw, pictures.styles[style]), **bare)["input_ids"]
             for name, style in part
         ]
         ids = model.generate(

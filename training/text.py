@@ -11,7 +11,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaTokenizer
 
 
-DRAWING_PROMPTS = ("{name}", "a {name}", "{name} in {style} style", "a {name} in {style} style", "a {style} {name}")
+NAME_AND_STYLE = "{name} in {style} style"
+DRAWING_PROMPTS = ("{name}", "a {name}", NAME_AND_STYLE, "a {name} in {style} style", "a {style} {name}")
 RESTYLING_PROMPTS = ("in {style} style", "the same in {style} style")
 ANSWER_PROMPT = "Question: {} Answer:"
 QUESTIONS = {

@@ -322,7 +322,8 @@ def imagine_for(
             raise ValueError(f"imagined.model {section['model']} has other codes than the tokenizer of this run")
     elif not recipe["start"]:
         raise ValueError("imagined.number needs a model that can draw and read: a start, or imagined.model")
-    return imagine(model, processor, pictures, codes, section["number"], section["guidance_scale"], seed)
+    how = section["source"], section["guidance_scale"]
+    return imagine(model, processor, pictures, codes, section["number"], *how, seed)
 
 
 def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, processor: LavitProcessor):
