@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from modeling_lavit import LavitForConditionalGeneration, LavitPipeline, LavitVisualTokenizer
 from modeling_lavit.training import ablations
-from modeling_lavit.training.assemble import assemble
+from modeling_lavit.training.assemble import assemble, average
 from modeling_lavit.training.codebook import EMACodebook, kmeans
 from modeling_lavit.training.data import SampleNoise, augment, patchify
 from modeling_lavit.training.run import load_recipe, main
@@ -295,3 +295,21 @@ def test_noise_belongs_to_the_sample_whatever_the_batch():
 def test_patches_come_in_row_major_order():
     pictures = torch.arange(4.0).reshape(1, 1, 2, 2).repeat_interleave(2, 2).repeat_interleave(2, 3).expand(1, 3, 4, 4)
     assert patchify(pictures, 2).mean(-1).tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+def test_the_mean_of_runs_is_the_mean_of_their_weights(stages, tmp_path):
+    first = LavitForConditionalGeneration.from_pretrained(stages["language_model"])
+    other = LavitForConditionalGeneration.from_pretrained(stages["language_model"])
+    with torch.no_grad():
+        for parameter in other.model.language_model.parameters():
+            parameter.add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    average([stages["language_model"], tmp_path / "other"], [0.75, 0.25], tmp_path / "mean")
+    state = LavitForConditionalGeneration.from_pretrained(tmp_path / "mean").state_dict()
+    for key, tensor in first.state_dict().items():
+        shift = 0.25 if key.startswith("model.language_model.") else 0.0
+        torch.testing.assert_close(state[key], tensor + shift if shift else tensor)
+    with pytest.raises(ValueError, match="adding up to 1"):
+        average([stages["language_model"], tmp_path / "other"], [0.75, 0.75], tmp_path / "mean")
+    with pytest.raises(ValueError, match="one share for each"):
+        average([stages["language_model"]], [0.5, 0.5], tmp_path / "mean")

@@ -24,12 +24,16 @@ from .train_pixel_decoder import AUTOENCODERS, UNETS, load_component
 
 
 def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defaults: dict) -> LavitPipeline:
-    """The pipeline made of both stages' results; `defaults` are the pipeline's `default_…` settings."""
+    """The pipeline made of both stages' results; `defaults` are the pipeline's `default_…` settings, and
+    what the model alone draws by."""
     model = LavitForConditionalGeneration.from_pretrained(language_model, dtype=dtype)
     detokenizer = LavitDetokenizer.from_pretrained(pixel_decoder / "detokenizer", dtype=dtype)
     codebooks = model.model.visual_tokenizer.quantizer.codebook.weight, detokenizer.codebook.weight
     if not torch.equal(*codebooks):
         raise ValueError(f"{language_model} and {pixel_decoder} were trained with different codebooks")
+    presets = model.generation_config.generation_presets or {}
+    drawing = {name: defaults[name] for name in ("guidance_scale", "top_k", "temperature") if name in defaults}
+    model.generation_config.generation_presets = presets | {"image": presets.get("image", {}) | drawing}
     return LavitPipeline(
         processor=LavitProcessor.from_pretrained(language_model),
         model=model,
@@ -42,23 +46,33 @@ def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defa
 
 
 @torch.no_grad()
-def average(language_model: Path, other: Path, share: float, output: Path) -> None:
-    """Writes the language model with its weights moved by `share` of the way to those of another run of the same
-    training (arXiv 2203.05482): what two runs on other samples have learnt, both keep.
+def average(language_models: list[Path], shares: list[float], output: Path) -> None:
+    """Writes the language model whose weights are the mean of those of several runs (arXiv 2203.05482): what runs on
+    other samples have learnt, each keeps in part.
+
+    Args:
+        language_models: results of one training, or of runs that went on from one another.
+        shares: of each in the mean.
 
     Raises:
-        ValueError: the runs have other parameters.
+        ValueError: the shares are not one each, or do not add up to 1; the runs have other parameters.
     """
-    model = LavitForConditionalGeneration.from_pretrained(language_model, dtype=torch.float32)
-    weights = LavitForConditionalGeneration.from_pretrained(other, dtype=torch.float32).state_dict()
+    if len(shares) != len(language_models) or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"give one share for each of the {len(language_models)} runs, adding up to 1: got {shares}")
+    first, *others = language_models
+    model = LavitForConditionalGeneration.from_pretrained(first, dtype=torch.float32)
     own = model.state_dict()
-    if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in weights.items()}:
-        raise ValueError(f"{other} has other parameters than {language_model}: only runs of one training average")
-    for key, value in own.items():
-        if value.is_floating_point():
-            value.lerp_(weights[key], share)
+    mean = {key: value.clone() for key, value in own.items()}
+    for other, share in zip(others, shares[1:], strict=True):
+        state = LavitForConditionalGeneration.from_pretrained(other, dtype=torch.float32).state_dict()
+        if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in mean.items()}:
+            raise ValueError(f"{other} has other parameters than {first}: only runs of one training average")
+        for key, value in mean.items():
+            if value.is_floating_point():  # what is alike in all of them stays as it is, bit by bit
+                value += share * (state[key] - own[key])
+    model.load_state_dict(mean)
     model.save_pretrained(output)
-    LavitProcessor.from_pretrained(language_model).save_pretrained(output)
+    LavitProcessor.from_pretrained(first).save_pretrained(output)
 
 
 @torch.no_grad()
@@ -101,9 +115,8 @@ def link_code(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--language-model", type=Path, required=True)
-    parser.add_argument("--average-with", type=Path, help="another run of stage 2, whose weights are averaged in")
-    parser.add_argument("--share", type=float, default=0.5, help="of the other run in the average (default 0.5)")
+    parser.add_argument("--language-model", type=Path, nargs="+", required=True, help="of several the mean is taken")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0], help="of each language model in the mean")
     parser.add_argument("--scheduler", help="class of diffusers for drawing (default: DDIMScheduler)")
     parser.add_argument("--pixel-decoder", type=Path, required=True)
     parser.add_argument("--draft-pictures", help="image folder: drawing looks up its pictures' codes ahead")
@@ -115,10 +128,8 @@ def main() -> None:
     for link in filter(Path.is_symlink, options.output.rglob("*.py")):
         link.unlink()
     with TemporaryDirectory() as folder:
-        language_model = options.language_model
-        if options.average_with:
-            language_model = Path(folder)
-            average(options.language_model, options.average_with, options.share, language_model)
+        language_model = Path(folder)
+        average(options.language_model, options.shares, language_model)
         pipe = assemble(language_model, options.pixel_decoder, torch.float16, defaults)
         if options.draft_pictures:  # in float32, as they will be read
             reader = LavitForConditionalGeneration.from_pretrained(language_model, dtype=torch.float32)

@@ -4,6 +4,7 @@ from .autoencoder_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
 from .decoding_lavit import __doc__ as _
 from .denoising_lavit import __doc__ as _
+from .drafts_lavit import __doc__ as _
 from .generation_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _

@@ -1,0 +1,1 @@
+../../modeling_lavit/drafts_lavit.py
