@@ -356,14 +356,12 @@ def solver(options: Options) -> Comparison:
 
 @row
 def guidance_interval(options: Options) -> Comparison:
-    """Pixels from visual tokens, the embedded checkpoint"""
-    pipe, tokens = _pipeline(options), [torch.arange(40)]
+    """Pixels from visual tokens with guidance, ten steps, the embedded checkpoint"""
+    pipe = _pipeline(options)
+    settings = {"visual_tokens": [torch.arange(40)], "num_inference_steps": 10, "decoder_guidance_scale": 2.0}
     return Comparison(
-        Way(
-            "guidance in half of the steps",
-            lambda: pipe(visual_tokens=tokens, decoder_guidance_interval=(0.0, 0.5)),
-        ),
-        Way("in all", lambda: pipe(visual_tokens=tokens)),
+        Way("guidance in half of the steps", lambda: pipe(**settings, decoder_guidance_interval=(0.0, 0.5))),
+        Way("in all", lambda: pipe(**settings)),
     )
 
 
