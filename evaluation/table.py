@@ -53,7 +53,11 @@ def table(report: dict) -> str:
             "",
         ),
         ("correlation of kept count with PNG size", f"{tokens['png_size_correlation']:.2f}", ".40"),
-        (f"seconds per picture from text, on {report['threads']} thread(s)", f"{report['seconds_from_text']:.2f}", "< 1.5"),
+        (
+            f"seconds per picture from text, on {report['threads']} thread(s)",
+            f"{report['seconds_from_text']:.2f}",
+            "< 1.5",
+        ),
     ]
     lines += ["", "| | | bar |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in codes]
