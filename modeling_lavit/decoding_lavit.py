@@ -104,18 +104,10 @@ def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
     return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
 
 
-def next_uniforms(
-    generators: Sequence[torch.Generator | None], count: int = 1, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """(B, count) uniform numbers on `device`, row by row from its own generator: one for every id to come.
-
-    A row without a generator gets zeros.
-    """
+def next_uniforms(generators: Sequence[torch.Generator | None], device: torch.device | str = "cpu") -> torch.Tensor:
+    """(B, 1) uniform numbers on `device`, row by row from its own generator; a row without one gets zero."""
     rows = [
-        torch.zeros(count, device=device)
-        if one is None
-        # one by one: the same numbers whatever the count
-        else torch.cat([torch.rand((1,), generator=one, device=one.device) for _ in range(count)]).to(device)
+        torch.zeros(1, device=device) if one is None else torch.rand(1, generator=one, device=one.device).to(device)
         for one in generators
     ]
     return torch.stack(rows)
@@ -208,6 +200,8 @@ class LavitDecodingLoop:
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         grows = model_kwargs["use_cache"] and grows_freely(outputs.past_key_values)
         drops_rows = grows and self.joint_generator is None and not generation_config.return_dict_in_generate
+        # codes that are not drawn are taken back out of the cache
+        looks_ahead = self.draft_length and (grows or not model_kwargs["use_cache"])
         if grows and not compiled and can_step_plainly(model, model_kwargs):
             forward = plain_step
         drafts = sequences[:, :0]
@@ -250,8 +244,10 @@ class LavitDecodingLoop:
                 active, input_ids = active[kept], input_ids[streams]
                 drawing = [one for one, goes_on in zip(drawing, going_on, strict=False) if goes_on]
                 self._keep_rows(streams, model_kwargs)
-            room = generation_config.max_length - input_ids.shape[1] - 1
-            drafts = self._look_up(sequences[active], min(self.draft_length, room) if len(active) == 1 else 0)
+            drafts = sequences[:, :0]
+            if looks_ahead and len(active) == 1:
+                room = generation_config.max_length - input_ids.shape[1] - 1
+                drafts = self._look_up(sequences[active], min(self.draft_length, room))
             outputs = self._forward(forward, model, input_ids, drafts, model_kwargs)
 
         if self.streamer is not None:
@@ -266,16 +262,14 @@ class LavitDecodingLoop:
         )
 
     def _look_up(self, sequences: torch.LongTensor, count: int) -> torch.LongTensor:
-        """(B, n) ids to verify next, n up to `count`: how a known picture goes on. Of several rows none."""
-        if count < 1:
-            return sequences[:, :0]
+        """(1, n) ids to verify next, n up to `count`: how a known picture goes on, of the only row (1, L)."""
         recent = sequences[0, -LOOKED_AT:] - self.vocabulary.visual_offset
         codes = self.known_pictures.continuation(recent.tolist(), count)
         offset, end = self.vocabulary.visual_offset, self.vocabulary.eoi_token_id
         return sequences.new_tensor([[end if code == END else offset + code for code in codes]], dtype=torch.long)
 
     def _forward(self, forward, model, input_ids: torch.LongTensor, drafts: torch.LongTensor, model_kwargs: dict):
-        """The newest ids and their guessed successors through the model."""
+        """The newest ids and those that were looked up behind them through the model."""
         count = drafts.shape[1]
         if count:
             drafts = drafts.repeat(2, 1) if self.guidance_scale is not None else drafts

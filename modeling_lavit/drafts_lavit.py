@@ -72,7 +72,7 @@ class LavitDraftMixin:
                 raise ValueError(
                     f"pictures must be codes (n,) from 0 to {self.config.vocabulary.codebook_size - 1}, got {codes}"
                 )
-        self.draft_ids = join_codes(pictures).to(self.device) if pictures else None
+        self.draft_ids = join_codes(pictures) if pictures else None  # they are read on the CPU
         self.config.num_draft_ids = 0 if self.draft_ids is None else len(self.draft_ids)
         self._draft_index = None
 

@@ -10,11 +10,11 @@ import torch
 from tiny import tiny_model
 
 from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
-from modeling_lavit.training.data import PictureDataset, normalize_pictures
+from modeling_lavit.training.data import PictureDataset
 from modeling_lavit.training.imagined import imagine, missing_pairs, read_codes
 from modeling_lavit.training.run import load_recipe
 from modeling_lavit.training.samples import PictureSamples
-from modeling_lavit.training.train_language_model import build, imagine_for
+from modeling_lavit.training.train_language_model import build, imagine_for, tokenize_all
 
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +49,7 @@ def embedded():
 
 @pytest.fixture(scope="module")
 def codes(embedded, pictures) -> list[list[torch.Tensor]]:
-    tokenizer = embedded[0].model.visual_tokenizer
-    return [[one] for one in tokenizer.tokenize(normalize_pictures(pictures.pictures.float() / 255)).split()]
+    return tokenize_all(embedded[0].model.visual_tokenizer, pictures, {"number": 0}, seed=0)
 
 
 @pytest.fixture(scope="module", params=["picture", "name"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from modeling_lavit import LavitForConditionalGeneration, LavitPipeline, LavitVisualTokenizer
@@ -18,6 +19,7 @@ from modeling_lavit.training.assemble import assemble, average
 from modeling_lavit.training.codebook import EMACodebook, kmeans
 from modeling_lavit.training.data import SampleNoise, augment, patchify
 from modeling_lavit.training.run import load_recipe, main
+from modeling_lavit.training.train_pixel_decoder import build as build_pixel_decoder
 
 
 ROOT = Path(__file__).parents[1]
@@ -224,6 +226,29 @@ def test_ablations_train_what_is_missing_and_write_their_table(stages, tmp_path)
     assert [row.split(" | ")[0][2:] for row in rows] == [
         ablations.VARIANTS[name].title for name in ("base", "regression")
     ]
+
+
+def test_the_perceptual_distance_is_small_at_the_true_picture_and_pulls_towards_it(stages):
+    overrides = [DATA, f"tokenizer={stages['tokenizer']}", f"start={stages['features']}"]
+    recipe = load_recipe(str(RECIPES / "pixel_decoder.yaml"), [*overrides, "objective.perceptual_weight=0.1"])
+    model, dataset, _ = build_pixel_decoder(recipe)
+    pictures = dataset.pictures[:4].float() / 255
+    latents = model.vae.encode(pictures * 2 - 1).latent_dist.mode() * model.vae.config.scaling_factor
+    shuffled = latents.roll(1, 0).requires_grad_(True)
+    near, far = (model.perceptual_distances(x, pictures) for x in (latents, shuffled))
+    assert (near < 0.5 * far).all()
+    far.sum().backward()
+    nearer = model.perceptual_distances(shuffled.detach() - 0.1 * shuffled.grad, pictures)
+    assert nearer.sum() < far.sum()
+
+    (stages["features"] / "scheduler").rename(stages["features"] / "its_scheduler")
+    try:
+        DDIMScheduler(prediction_type="epsilon").save_pretrained(stages["features"] / "scheduler")
+        with pytest.raises(ValueError, match="prediction_type is 'sample', got 'epsilon'"):
+            build_pixel_decoder(recipe)
+    finally:
+        shutil.rmtree(stages["features"] / "scheduler")
+        (stages["features"] / "its_scheduler").rename(stages["features"] / "scheduler")
 
 
 def read_log(run: Path) -> list[dict]:

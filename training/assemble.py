@@ -19,7 +19,8 @@ from ..modeling_lavit import LavitForConditionalGeneration
 from ..modeling_lavit_detokenizer import LavitDetokenizer
 from ..pipeline_lavit import LavitPipeline
 from ..processing import LavitProcessor
-from .data import PictureDataset, normalize_pictures
+from .data import PictureDataset
+from .train_language_model import tokenize_all
 from .train_pixel_decoder import AUTOENCODERS, UNETS, load_component
 
 
@@ -75,18 +76,6 @@ def average(language_models: list[Path], shares: list[float], output: Path) -> N
     LavitProcessor.from_pretrained(first).save_pretrained(output)
 
 
-@torch.no_grad()
-def draft_codes(model: LavitForConditionalGeneration, folder: str, batch_size: int = 64) -> list[torch.Tensor]:
-    """The codes of the training pictures of an image folder, for [`set_draft_codes`]."""
-    pictures = PictureDataset(folder, model.config.visual_config.image_size).pictures
-    tokenizer = model.model.visual_tokenizer
-    return [
-        codes
-        for batch in pictures.split(batch_size)
-        for codes in tokenizer.tokenize(normalize_pictures(batch.float() / 255)).split()
-    ]
-
-
 def load_in_float32(folder: Path) -> None:
     """Makes float32 the type in which half-precision files are loaded by default: what a CPU computes well."""
 
@@ -132,8 +121,10 @@ def main() -> None:
         average(options.language_model, options.shares, language_model)
         pipe = assemble(language_model, options.pixel_decoder, torch.float16, defaults)
         if options.draft_pictures:  # in float32, as they will be read
-            reader = LavitForConditionalGeneration.from_pretrained(language_model, dtype=torch.float32)
-            pipe.model.set_draft_codes(draft_codes(reader, options.draft_pictures))
+            tokenizer = LavitForConditionalGeneration.from_pretrained(language_model, dtype=torch.float32).model
+            pictures = PictureDataset(options.draft_pictures, tokenizer.config.visual_config.image_size)
+            codes = tokenize_all(tokenizer.visual_tokenizer, pictures, {"number": 0}, seed=0)
+            pipe.model.set_draft_codes([views[0] for views in codes])
         if options.scheduler:
             pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
         pipe.save_pretrained(options.output)
