@@ -17,16 +17,25 @@ from ..modeling_lavit_visual_tokenizer import LavitResidualBlock
 class Judge(nn.Module):
     """Pictures (B, 3, S, S) in [0, 1] to name logits (B, L) and style logits (B, T)."""
 
-    widths = (3, 32, 64, 128, 192)
+    widths = (32, 64, 128, 192)
 
-    def __init__(self, names: list[str], styles: list[str], image_size: int, strides: list[int] = (2, 2, 2, 2)):
+    def __init__(
+        self,
+        names: list[str],
+        styles: list[str],
+        image_size: int,
+        strides: list[int] = (2, 2, 2, 2),
+        width: int = 1,
+    ):
         super().__init__()
-        self.names, self.styles, self.image_size, self.strides = names, styles, image_size, list(strides)
+        self.names, self.styles, self.image_size = names, styles, image_size
+        self.strides, self.width = list(strides), width
+        widths = [3, *(width * channels for channels in self.widths[: len(strides)])]
         self.body = nn.Sequential(
-            *(LavitResidualBlock(self.widths[i], self.widths[i + 1], stride) for i, stride in enumerate(strides))
+            *(LavitResidualBlock(widths[i], widths[i + 1], stride) for i, stride in enumerate(strides))
         )
-        self.name_head = nn.Linear(192, len(names))
-        self.style_head = nn.Linear(192, len(styles))
+        self.name_head = nn.Linear(widths[-1], len(names))
+        self.style_head = nn.Linear(widths[-1], len(styles))
 
     def feature_maps(self, pictures: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of the residual blocks, (B, channels, side, side)."""
@@ -46,6 +55,11 @@ class Judge(nn.Module):
         """The last feature map to name logits and style logits."""
         pooled = last_map.mean((2, 3))
         return self.name_head(pooled), self.style_head(pooled)
+
+    def style_map(self, last_map: torch.Tensor) -> torch.Tensor:
+        """The last feature map (B, C, h, w) to style logits of every place, (B, T, h, w); their mean over places is
+        what [`classify`] gives."""
+        return torch.einsum("bchw,tc->bthw", last_map, self.style_head.weight) + self.style_head.bias[:, None, None]
 
     @torch.no_grad()
     def score(self, pictures: torch.Tensor, names: list[str], styles: list[str] | None = None) -> dict[str, float]:
@@ -73,6 +87,7 @@ class Judge(nn.Module):
             "styles": self.styles,
             "image_size": self.image_size,
             "strides": self.strides,
+            "width": self.width,
         }
         (folder / "judge.json").write_text(json.dumps(labels, indent=1) + "\n")
 

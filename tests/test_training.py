@@ -43,7 +43,10 @@ def stages(tmp_path_factory) -> dict[str, Path]:
     """The results of all stages, each made from those before it."""
     folder = tmp_path_factory.mktemp("runs")
     done = {"guide": train("judge", "guide.yaml", folder / "guide")}
-    done["encoder"] = train("encoder", "encoder.yaml", folder / "encoder", f"guide={done['guide']}")
+    done["wide_guide"] = train("judge", "guide.yaml", folder / "wide_guide", "model.width=2")
+    done["style_guide"] = train("judge", "style_guide.yaml", folder / "style_guide", "model.width=1")
+    guides = (f"guide={done['guide']}", f"name_guides=[{done['wide_guide']}]", f"style_guide={done['style_guide']}")
+    done["encoder"] = train("encoder", "encoder.yaml", folder / "encoder", *guides)
     done["tokenizer"] = train(
         "tokenizer",
         "tokenizer.yaml",

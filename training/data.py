@@ -1,5 +1,6 @@
 """Pictures with a name and a style: loading, held in memory at the model's size, and batch augmentation."""
 
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from torch.utils.data import default_collate
 from ..configuration_lavit import IMAGE_MEAN, IMAGE_STD
 from ..processing import LavitImageProcessor
 from .sources import load_source
+
+
+def computing_device() -> torch.device:
+    """Where what precedes training is computed: this rank's GPU where there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def result_of(stage: str, folder: str, name: str) -> Path:
@@ -78,6 +86,10 @@ class PictureDataset(torch.utils.data.Dataset):
                 for row in rows
             ]
         )
+
+    def spread(self, count: int) -> torch.Tensor:
+        """Indices of about `count` pictures, evenly over all."""
+        return torch.arange(0, len(self.name), max(1, len(self.name) // count))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -165,6 +177,28 @@ def augment(
     ink = 1 - moved
     gain = 1 + tint * centred[:, 7:, None, None] * active[:, None, None, None]
     return (1 - ink * gain).clamp(0, 1)
+
+
+def augment_halves(
+    pictures: torch.Tensor, noise: SampleNoise, augmentation: dict, close_augmentation: dict | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Augments half of the pictures, each at random, closely: how a thing is drawn is told by colours, outlines and
+    margins, which strong maps and casts take away, while what it is should be told in spite of them.
+
+    Args:
+        pictures: (B, 3, S, S) in [0, 1].
+        noise: of the batch, which decides everything.
+        augmentation, close_augmentation: arguments of [`augment`]; without the second all pictures get the first, and
+            count as close.
+
+    Returns:
+        Pictures (B, 3, S, S) in [0, 1], and which of them are close, (B,) bool.
+    """
+    if close_augmentation is None:
+        return augment(pictures, noise, **augmentation), torch.ones(len(pictures), dtype=torch.bool).to(pictures.device)
+    close = noise.uniform(1)[:, 0] < 0.5
+    far = augment(pictures, noise, **augmentation)
+    return torch.where(close[:, None, None, None], augment(pictures, noise, **close_augmentation), far), close
 
 
 def normalize_pictures(pictures: torch.Tensor) -> torch.Tensor:

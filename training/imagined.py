@@ -47,7 +47,7 @@ def read_codes(
 ) -> list[str]:
     """The model's captions of pictures, each the codes (n,) of one."""
     rows = [picture_ids(processor, codes) for codes in pictures]
-    inputs = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    inputs = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     ids = model.generate(**inputs, generation_preset="caption")
     return processor.post_process_answer(ids, input_ids=inputs["input_ids"])
 
@@ -96,7 +96,7 @@ def imagine(
             for name, style in part
         ]
         ids = model.generate(
-            **words.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt"),
+            **words.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device),
             generation_mode="image",
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(part))],
@@ -104,7 +104,7 @@ def imagine(
         drawn = processor.post_process_multimodal_output(ids, generation_mode="image")
         captions = read_codes(model, processor, drawn)
         kept += [
-            ImaginedPicture(name, style, codes)
+            ImaginedPicture(name, style, codes.cpu())
             for (name, style), codes, caption in zip(part, drawn, captions, strict=True)
             if caption == pictures.names[name]
         ]

@@ -4,8 +4,10 @@ checkpoint).
 Losses: contrast of the pooled features with all names of the data set (a text tower that averages word embeddings), a
 style classification, a linear reconstruction of every patch's pixels and of its place from its own feature, so that
 features keep what a picture shows, how it looks, and where (codes that have lost their place cannot be drawn: the
-decoder knows their order alone); and imitation of a guide, a convolutional classifier of the same training
-pictures, in its names and its feature maps: a small vision transformer alone hardly generalises over styles.
+decoder knows their order alone); and imitation of guides, convolutional classifiers of the same training pictures: a
+small vision transformer alone hardly generalises over styles. The first guide is imitated in its names and feature
+maps, others in their names alone, and one of styles, which sees little of a picture at a time, in what it says of
+every place.
 """
 
 import json
@@ -14,12 +16,21 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file
 
 from ..configuration_lavit import LavitVisualTokenizerConfig
 from ..evaluation.judge import Judge
 from ..modeling_lavit_visual_tokenizer import build_encoder
-from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, patchify, result_of
+from .data import (
+    PictureDataset,
+    SampleNoise,
+    augment_halves,
+    load_pictures,
+    normalize_pictures,
+    patchify,
+    result_of,
+)
+from .distributed import gather
 
 
 class NameEncoder(nn.Module):
@@ -78,30 +89,62 @@ class PictureHeads(nn.Module):
 class EncoderPretraining(nn.Module):
     """Encoder and heads, with their losses."""
 
-    guide_channels = (64, 128)
-
-    def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], num_styles: int, recipe: dict):
+    def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], styles: list[str], recipe: dict):
         super().__init__()
-        guide = recipe["guide"]
-        self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
+        self.recipe = recipe["objective"]
+        self.augmentations = recipe["augmentation"], recipe["close_augmentation"]
         self.config = config
         self.encoder = build_encoder(config)
-        self.heads = PictureHeads(config, names, num_styles)
-        self.guide = Judge.load(result_of("judge", guide, "judge.json").parent).requires_grad_(False)
-        if self.guide.names != names:
-            raise ValueError(f"the guide {guide} knows other names than the data set")
+        self.heads = PictureHeads(config, names, len(styles))
+        self.guide, *others = [
+            self.load_guide(folder, names, styles) for folder in (recipe["guide"], *recipe["name_guides"])
+        ]
+        self.name_guides = nn.ModuleList(others)
+        self.style_guide = None
+        if recipe["style_guide"]:
+            self.style_guide = self.load_guide(recipe["style_guide"], names, styles)
+        elif self.recipe["weights"]["style_guide"]:
+            raise ValueError("objective.weights.style_guide must be 0: the recipe names no style_guide")
+        self.guide_channels = [block.body[-1].num_features for block in self.guide.body[1:3]]
         self.guide_maps = nn.Linear(config.hidden_size, sum(self.guide_channels))
+        self.style_map = nn.Linear(config.hidden_size, len(styles))
         self.register_buffer("patch_places", patch_places(config), persistent=False)
+
+    @staticmethod
+    def load_guide(folder: str, names: list[str], styles: list[str]) -> Judge:
+        """Raises a ValueError where the guide was trained with other names or styles."""
+        guide = Judge.load(result_of("judge", folder, "judge.json").parent).requires_grad_(False)
+        if guide.names != names or guide.styles != styles:
+            raise ValueError(f"the guide {folder} knows other names or styles than the data set")
+        return guide
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for guide in (self.guide, *self.name_guides, self.style_guide):
+            if guide is not None:
+                guide.eval()
+        return self
 
     @torch.no_grad()
     def guidance(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The guide's name logits (B, L), and its second and third feature maps at every patch (B, N, 64 + 128)."""
-        self.guide.eval()
+        """The guides' mean name log-probabilities (B, L); the first one's second and third feature maps at every patch
+        (B, N, C)."""
         maps = self.guide.feature_maps(pictures)
         side = self.config.image_size // self.config.patch_size
         at_patches = [F.interpolate(x.float(), size=side).flatten(2).transpose(1, 2) for x in maps[1:3]]
         at_patches = [F.layer_norm(x, x.shape[-1:]) for x in at_patches]
-        return self.guide.classify(maps[-1])[0].float(), torch.cat(at_patches, dim=-1)
+        logits = [self.guide.classify(maps[-1])[0], *(guide(pictures)[0] for guide in self.name_guides)]
+        names = torch.stack([x.float().log_softmax(-1) for x in logits]).mean(0)
+        return names, torch.cat(at_patches, dim=-1)
+
+    @torch.no_grad()
+    def style_guidance(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The style guide's probabilities (B, S), and its logits at every patch (B, N, S) in units of their spread."""
+        logits = self.style_guide.style_map(self.style_guide.feature_maps(pictures)[-1]).float()
+        probabilities = logits.mean((2, 3)).softmax(-1)
+        side = self.config.image_size // self.config.patch_size
+        logits = F.adaptive_avg_pool2d(logits, side).flatten(2).transpose(1, 2)
+        return probabilities, logits / gather(logits).std().clamp_min(1e-6)
 
     def features(self, pictures: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Features (B, M, C) of the patches (B, M) of pictures (B, 3, S, S) in [0, 1]; the others are not seen."""
@@ -119,28 +162,35 @@ class EncoderPretraining(nn.Module):
 
     def forward(self, pictures, name, style, noise: SampleNoise | None = None, progress: float = 1.0):
         pictures = pictures.float() / 255
+        close = torch.ones(len(pictures), dtype=torch.bool, device=pictures.device)
         if self.training:
-            pictures = augment(pictures, noise, **self.augmentation)
+            pictures, close = augment_halves(pictures, noise, *self.augmentations)
         patches = self.visible_patches(len(pictures), noise, progress)
         features = self.features(pictures, patches)
         name_logits, style_logits, pixels, places = self.heads(features)
-        guide_logits, guide_maps = self.guidance(pictures)
-        guide_maps = guide_maps.gather(1, patches[..., None].expand(-1, -1, guide_maps.shape[-1]))
-        target = patchify(pictures * 2 - 1, self.config.patch_size)
-        target = target.gather(1, patches[..., None].expand(-1, -1, target.shape[-1]))
+
+        def visible(maps: torch.Tensor) -> torch.Tensor:
+            return maps.gather(1, patches[..., None].expand(-1, -1, maps.shape[-1]))
+
+        guide_names, guide_maps = self.guidance(pictures)
+        style_losses = F.cross_entropy(style_logits.float(), style, label_smoothing=0.1, reduction="none")
+        num_close = close.sum().clamp_min(1)
+        seen = self.heads.norm(features)
         losses = {
             "name_loss": F.cross_entropy(name_logits.float(), name, label_smoothing=0.1),
-            "style_loss": F.cross_entropy(style_logits.float(), style, label_smoothing=0.1),
-            "pixel_loss": F.mse_loss(pixels.float(), target),
+            "style_loss": (close * style_losses).sum() / num_close,
+            "pixel_loss": F.mse_loss(pixels.float(), visible(patchify(pictures * 2 - 1, self.config.patch_size))),
             "place_loss": F.mse_loss(places.float(), self.patch_places[patches]),
+            "guide_loss": F.kl_div(
+                (name_logits.float() / 2).log_softmax(-1), (guide_names / 2).softmax(-1), reduction="batchmean"
+            ),
+            "map_loss": F.mse_loss(self.guide_maps(seen).float(), visible(guide_maps)),
         }
-        agreement = F.kl_div(
-            (name_logits.float() / 2).log_softmax(-1), (guide_logits / 2).softmax(-1), reduction="batchmean"
-        )
-        losses |= {
-            "guide_loss": agreement,
-            "map_loss": F.mse_loss(self.guide_maps(self.heads.norm(features)).float(), guide_maps),
-        }
+        if self.style_guide is not None:
+            guide_styles, guide_style_map = self.style_guidance(pictures)
+            differences = F.kl_div(style_logits.float().log_softmax(-1), guide_styles, reduction="none").sum(-1)
+            of_map = F.mse_loss(self.style_map(seen).float(), visible(guide_style_map))
+            losses["style_guide_loss"] = of_map + (close * differences).sum() / num_close
         weights = self.recipe["weights"]
         loss = sum(weights[key.removesuffix("_loss")] * value for key, value in losses.items())
         metrics = {
@@ -154,7 +204,7 @@ class EncoderPretraining(nn.Module):
 def build(recipe: dict):
     config = LavitVisualTokenizerConfig(**recipe["model"], attn_implementation="eager")
     dataset = load_pictures(recipe["data"], config.image_size)
-    model = EncoderPretraining(config, dataset.names, len(dataset.styles), recipe)
+    model = EncoderPretraining(config, dataset.names, dataset.styles, recipe)
     if config.stem == "convolutional":  # the guide's first blocks, which generalise already
         blocks = model.encoder.embeddings.patch_embedding.blocks
         blocks.load_state_dict(model.guide.body[: len(blocks)].state_dict())
@@ -169,17 +219,17 @@ def build(recipe: dict):
 def finish(model: EncoderPretraining, dataset: PictureDataset, recipe: dict, output: Path) -> None:
     """Writes encoder and heads, and prints how well the held-out pictures are told."""
     output.mkdir(parents=True, exist_ok=True)
-    save_model(model, output / "model.safetensors")
+    guides = ("guide.", "name_guides.", "style_guide.")
+    save_file({k: v for k, v in model.state_dict().items() if not k.startswith(guides)}, output / "model.safetensors")
     (output / "labels.json").write_text(json.dumps({"names": dataset.names, "styles": dataset.styles}))
     model.eval()
     for split in ("train", "held_out"):
         pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))
-        totals = torch.zeros(3)
-        for start in range(0, len(pictures.name), 64):
-            rows = slice(start, start + 64)
-            batch = {"pictures": pictures.pictures[rows], "name": pictures.name[rows], "style": pictures.style[rows]}
-            metrics = model(**batch)["metrics"]
-            weight = len(batch["name"]) / len(pictures.name)
-            totals += weight * torch.stack([metrics["name_top1"], metrics["style_top1"], metrics["pixel_loss"]])
-        psnr = -10 * (totals[2] / 4).log10()
-        print(f"{split}: name top-1 {totals[0]:.3f}, style top-1 {totals[1]:.3f}, linear pixels {psnr:.1f} dB")
+        rows = pictures.spread(400)
+        inputs = pictures.pictures[rows].float() / 255
+        patches = torch.arange(model.config.num_patches).expand(len(rows), -1)
+        names, styles, pixels, _ = model.heads(model.features(inputs, patches))
+        right = [(x.argmax(-1) == of[rows]).float().mean() for x, of in ((names, pictures.name), (styles, pictures.style))]
+        error = F.mse_loss(pixels, patchify(inputs * 2 - 1, model.config.patch_size))
+        psnr = -10 * (error / 4).log10()
+        print(f"{split}: name top-1 {right[0]:.3f}, style top-1 {right[1]:.3f}, linear pixels {psnr:.1f} dB")

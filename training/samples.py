@@ -1,8 +1,10 @@
 """What a language model is trained on: pictures and texts as sequences of ids (paper section 3.2).
 
-A sample is `{"position": int, "ids": list, "labels": list, "pictures": [(3, S, S) uint8], "drawn": [bool]}`. A picture
+A sample is `{"position": int, "ids": list, "labels": list, "pictures": [(3, S, S) uint8], "drawn": [bool],
+"close": bool}`. A picture
 is an empty slot `[IMG][/IMG]` among the ids: what is read becomes continuous features there, what is drawn (or read as
-codes, to draw another) becomes its codes, with a loss where the slot's `[/IMG]` has one.
+codes, to draw another) becomes its codes, with a loss where the slot's `[/IMG]` has one. The pictures of a sample that
+is `close` are augmented closely: it asks how they are drawn.
 """
 
 import random
@@ -49,11 +51,14 @@ class Sequences:
         return (codes + self.processor.visual_offset).tolist()
 
     @staticmethod
-    def sample(position: int, parts: list[tuple[list[int], bool]], pictures=(), drawn=()) -> dict:
+    def sample(
+        position: int, parts: list[tuple[list[int], bool]], pictures=(), drawn=(), close: bool = False
+    ) -> dict:
         """Joins parts, each with whether it is learnt."""
         ids = [i for part, _ in parts for i in part]
         labels = [i if learnt else IGNORED_LABEL for part, learnt in parts for i in part]
-        return {"position": position, "ids": ids, "labels": labels, "pictures": list(pictures), "drawn": list(drawn)}
+        slots = {"pictures": list(pictures), "drawn": list(drawn), "close": close}
+        return {"position": position, "ids": ids, "labels": labels, **slots}
 
     def reading(self, turns: list[tuple[str, str]]) -> list[tuple[list[int], bool]]:
         """A picture, then prompts and their answers; an empty prompt before a caption."""
@@ -82,8 +87,8 @@ def check_mixture(mixture: dict[str, float], tasks: tuple[str, ...]) -> None:
 
 
 def collate_samples(items: list[dict]) -> dict[str, torch.Tensor | None]:
-    """Right-padded ids, labels and mask (B, L); the pictures (P, 3, S, S) in order, the sample that each belongs to
-    and whether it is drawn, (P,)."""
+    """Right-padded ids, labels and mask (B, L); the pictures (P, 3, S, S) in order, the sample that each belongs to,
+    whether it is drawn, and whether closely augmented, (P,)."""
     longest = max(len(item["ids"]) for item in items)
     batch = {
         "position": torch.tensor([item["position"] for item in items]),
@@ -100,6 +105,7 @@ def collate_samples(items: list[dict]) -> dict[str, torch.Tensor | None]:
     return batch | {
         "owner": torch.tensor(owners, dtype=torch.long),
         "drawn": torch.tensor([drawn for item in items for drawn in item["drawn"]], dtype=torch.bool),
+        "close": torch.tensor([items[row]["close"] for row in owners], dtype=torch.bool),
         "pictures": torch.stack(pictures) if pictures else None,
     }
 
@@ -167,7 +173,8 @@ class PictureSamples(torch.utils.data.Dataset):
                 "style_question": (question_prompt(draw, "style"), style),
                 "name_question": (question_prompt(draw, "name"), name),
             }[task]
-            return sequences.sample(position, sequences.reading([turn]), [self.pictures.pictures[index]], [False])
+            picture, close = self.pictures.pictures[index], task == "style_question"
+            return sequences.sample(position, sequences.reading([turn]), [picture], [False], close)
         if task == "code_caption":
             prompt = [sequences.boi, *self.code_ids(index, draw), sequences.eoi]
             return sequences.sample(position, [(prompt, False), ([*sequences.text(name), sequences.eos], True)])

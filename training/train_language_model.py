@@ -26,7 +26,15 @@ from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitImageProcessor, LavitProcessor
 from ..prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
-from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, result_of
+from .data import (
+    PictureDataset,
+    SampleNoise,
+    augment,
+    computing_device,
+    load_pictures,
+    normalize_pictures,
+    result_of,
+)
 from .distributed import ragged_mean
 from .imagined import ImaginedPicture, imagine
 from .packing import pack
@@ -51,6 +59,7 @@ class LanguageModelTraining(nn.Module):
     def __init__(self, model: LavitForConditionalGeneration, recipe: dict):
         super().__init__()
         self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
+        self.close_augmentation = recipe["close_augmentation"] or self.augmentation
         if recipe["lora"] and not recipe["start"] and not recipe["lora"].get("modules_to_save"):
             raise ValueError(
                 "adapters alone cannot learn new visual ids: set lora.modules_to_save=[embed_tokens, lm_head]"
@@ -90,6 +99,13 @@ class LanguageModelTraining(nn.Module):
         chosen = (uniform[..., 0] < self.recipe["code_corruption"]) & (labels >= vocabulary.visual_offset)
         others = vocabulary.visual_offset + (uniform[..., 1] * vocabulary.codebook_size).long()
         return torch.where(chosen, others, input_ids)
+
+    def augmented(self, pictures: torch.Tensor, noise: SampleNoise, close: torch.Tensor) -> torch.Tensor:
+        """Pictures (P, 3, S, S) in [0, 1] to pixel values, those `close` (P,) by their own augmentation."""
+        views = augment(pictures, noise, **self.augmentation)
+        if close.any():
+            views = torch.where(close[:, None, None, None], augment(pictures, noise, **self.close_augmentation), views)
+        return normalize_pictures(views)
 
     def insert_codes(
         self,
@@ -151,13 +167,14 @@ class LanguageModelTraining(nn.Module):
         pictures: torch.Tensor | None,
         owner: torch.Tensor,
         drawn: torch.Tensor,
+        close: torch.Tensor,
         noise: SampleNoise,
         progress: float,
     ):
         model = self.model
         offset = model.config.vocabulary.visual_offset
         if pictures is not None:
-            pixels = normalize_pictures(augment(pictures.float() / 255, noise.of(owner), **self.augmentation))
+            pixels = self.augmented(pictures.float() / 255, noise.of(owner), close)
             if drawn.any():
                 input_ids, labels, attention_mask = self.insert_codes(input_ids, labels, attention_mask, pixels, drawn)
                 pixels = pixels[~drawn]
@@ -206,8 +223,9 @@ def tokenize_all(
             pixels = pictures.pictures[rows].float() / 255
             if view:
                 pixels = augment(pixels, SampleNoise(rows, view, seed), **augmentation)
-            for row, own in zip(rows.tolist(), tokenizer.tokenize(normalize_pictures(pixels)).split(), strict=True):
-                codes[row].append(own)
+            tokens = tokenizer.tokenize(normalize_pictures(pixels).to(tokenizer.device))
+            for row, own in zip(rows.tolist(), tokens.split(), strict=True):
+                codes[row].append(own.cpu())
     return codes
 
 
@@ -317,6 +335,7 @@ def imagine_for(
         return []
     if section["model"]:
         start, model = model, LavitForConditionalGeneration.from_pretrained(section["model"], dtype=torch.float32)
+        model.to(start.device)
         codebooks = (one.model.visual_tokenizer.quantizer.codebook.weight for one in (start, model))
         if not torch.equal(*codebooks):
             raise ValueError(f"imagined.model {section['model']} has other codes than the tokenizer of this run")
@@ -331,8 +350,10 @@ def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, 
     seed = recipe["training_arguments"].get("seed", 42)
     dropout = recipe["objective"]["prompt_dropout"]
     if isinstance(pictures, PictureDataset):
+        model.to(computing_device())
         codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
         imagined = imagine_for(recipe, model, processor, pictures, codes, seed)
+        model.to("cpu")
         share = recipe["imagined"]["share"]
         return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed, imagined, share)
     size = model.config.visual_config.image_size

@@ -80,8 +80,7 @@ class PixelDecoderTraining(nn.Module):
         """Moves the average; faster at first, so that it does not remember the start."""
         self.updates += 1
         decay = min(self.recipe["ema_decay"], float((1 + self.updates) / (10 + self.updates)))
-        for average, current in zip(self.average.parameters(), self.trained.parameters(), strict=True):
-            average.lerp_(current, 1 - decay)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.trained.parameters()), 1 - decay)
 
     def pixel_values(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures (B, 3, S, S) in [0, 1] as the tokenizer's encoder takes them."""

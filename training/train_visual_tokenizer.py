@@ -239,12 +239,14 @@ class VisualTokenizerTraining(nn.Module):
         terms["rate"] = terms["rate"] * ramped(progress, self.recipe["rate_ramp"])
         if codes is not None:
             terms["commitment"] = ragged_mean((projected - vectors.detach()).square().sum(1))
-            distinct = [len(row.unique()) / len(row) for row in codes.split(lengths.tolist())]
+            pictures_of = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+            used = torch.stack([pictures_of, codes], dim=1).unique(dim=0)[:, 0]
+            distinct = used.bincount(minlength=len(lengths)) / lengths
             metrics |= {
                 "commitment": terms["commitment"].detach(),
                 "perplexity": self.codebook.perplexity(),
                 "codes_used": (self.codebook.counts >= self.codebook.revive_below).float().mean(),
-                "distinct": torch.tensor(distinct).mean(),
+                "distinct": distinct.mean(),
             }
         metrics |= {
             "kept": lengths.float().mean(),
@@ -344,9 +346,9 @@ def finish(model: VisualTokenizerTraining, dataset, recipe: dict, output: Path) 
     for split in ("train", "held_out"):
         pictures = PictureDataset(recipe["data"]["folder"], model.config.image_size, (split,))
         totals = {}
-        for start in range(0, len(pictures.name), 64):
-            rows = slice(start, start + 64)
-            batch = (pictures.pictures[rows], pictures.name[rows], pictures.style[rows])
+        rows = pictures.spread(400)
+        for part in rows.split(64):
+            batch = (pictures.pictures[part], pictures.name[part], pictures.style[part])
             for key, value in model(*batch)["metrics"].items():
-                totals[key] = totals.get(key, 0.0) + float(value) * len(batch[1]) / len(pictures.name)
+                totals[key] = totals.get(key, 0.0) + float(value) * len(part) / len(rows)
         print(split, {key: round(value, 4) for key, value in totals.items()})

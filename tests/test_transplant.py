@@ -1,0 +1,118 @@
+"""Going on with another tokenizer: with the embedded checkpoint and tokenizers that differ from its own in known ways."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from modeling_lavit import LavitDetokenizer, LavitForConditionalGeneration, LavitProcessor, LavitVisualTokenizer
+from modeling_lavit.training.data import PictureDataset, normalize_pictures
+from modeling_lavit.training.imagined import read_codes
+from modeling_lavit.training.transplant import main, transplant_detokenizer, transplant_language_model
+
+
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "lavit-emoji"
+EMOJI = str(Path(__file__).parent / "fixtures" / "emoji")
+ORDER = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> PictureDataset:
+    return PictureDataset(EMOJI, 48)
+
+
+@pytest.fixture(scope="module")
+def pixels(pictures) -> torch.Tensor:
+    return normalize_pictures(pictures.pictures[:12].float() / 255)
+
+
+@pytest.fixture
+def model() -> LavitForConditionalGeneration:
+    return LavitForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> LavitVisualTokenizer:
+    model = LavitForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    return model.model.visual_tokenizer.eval()
+
+
+@pytest.fixture(scope="module")
+def detokenizer() -> LavitDetokenizer:
+    return LavitDetokenizer.from_pretrained(CHECKPOINT / "detokenizer", dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def shuffled(part):
+    """The same with its codes in another order: the old code `ORDER[i]` is the new code i."""
+    part = copy.deepcopy(part)
+    codebook = part.quantizer.codebook if isinstance(part, LavitVisualTokenizer) else part.codebook
+    codebook.weight.copy_(codebook.weight[ORDER])
+    return part
+
+
+@torch.no_grad()
+def test_codes_in_another_order_are_found(model, tokenizer, pictures, pixels):
+    other = shuffled(tokenizer)
+    old = [table.weight.clone() for table in (model.get_input_embeddings(), model.lm_head)]
+    model.model.understanding.merger.load_state_dict(tokenizer.merger.state_dict())  # what is read can be the same
+    features = model.get_image_features(pixels)
+    processor = LavitProcessor.from_pretrained(CHECKPOINT)
+    captions = read_codes(model, processor, list(model.get_image_tokens(pixels).split()))
+    assert model.config.num_draft_ids
+
+    transplant_language_model(model, other, pictures)
+
+    new_codes = model.get_image_tokens(pixels)
+    assert torch.equal(ORDER[new_codes.codes], tokenizer.tokenize(pixels).codes)
+    offset = model.config.vocabulary.visual_offset
+    for table, before in zip((model.get_input_embeddings(), model.lm_head), old, strict=True):
+        torch.testing.assert_close(table.weight[:offset], before[:offset], rtol=0, atol=0)
+        torch.testing.assert_close(table.weight[offset + new_codes.codes], before[offset + ORDER[new_codes.codes]])
+    for now, before in zip(model.get_image_features(pixels), features, strict=True):
+        torch.testing.assert_close(now, before, rtol=1e-2, atol=1e-2)
+    assert read_codes(model, processor, list(new_codes.split())) == captions
+    assert not model.config.num_draft_ids  # the codes that it knew are those of the old tokenizer
+
+
+@torch.no_grad()
+def test_the_readout_gives_what_the_unet_knows(tokenizer, detokenizer, pictures, pixels):
+    other = shuffled(detokenizer)
+    mix = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(1)))[0]
+    other.fc2.weight.copy_(2 * mix @ other.fc2.weight)
+    other.fc2.bias.copy_(2 * mix @ other.fc2.bias)
+    tokens, others = tokenizer.tokenize(pixels), shuffled(tokenizer).tokenize(pixels)
+    wanted = detokenizer(tokens.codes, tokens.lengths).prompt_embeds
+    assert (other(others.codes, others.lengths).prompt_embeds - wanted).abs().mean() > 0.1
+
+    transplant_detokenizer((tokenizer, detokenizer), (shuffled(tokenizer), other), pictures)
+
+    torch.testing.assert_close(other(others.codes, others.lengths).prompt_embeds, wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_sizes_must_fit(pictures, tokenizer):
+    with pytest.raises(ValueError, match="other sizes than that of the language model"):
+        transplant_language_model(tiny_model(), tokenizer, pictures)
+
+
+def test_results_are_starts_of_both_stages(tmp_path, tokenizer, detokenizer, capsys):
+    tokenizer.save_pretrained(tmp_path / "new" / "visual_tokenizer")
+    detokenizer.save_pretrained(tmp_path / "new" / "detokenizer")
+    folders = {"--tokenizer": tmp_path / "new", "--data": EMOJI, "--output": tmp_path / "out"}
+    arguments = [str(part) for pair in folders.items() for part in pair]
+    decoder = ["--language-model", str(CHECKPOINT), "--pixel-decoder", str(CHECKPOINT)]
+    main([*arguments, *decoder, "--former-tokenizer", str(tmp_path / "new")])
+    assert "of 4096" in capsys.readouterr().out
+    model = LavitForConditionalGeneration.from_pretrained(tmp_path / "out" / "language_model", dtype=torch.float32)
+    LavitProcessor.from_pretrained(tmp_path / "out" / "language_model")
+    assert torch.equal(model.model.visual_tokenizer.quantizer.codebook.weight, tokenizer.quantizer.codebook.weight)
+    parts = {path.name for path in (tmp_path / "out" / "pixel_decoder").iterdir()}
+    assert parts == {"unet", "vae", "scheduler", "detokenizer"}
+    assert json.loads((tmp_path / "out" / "pixel_decoder" / "unet" / "config.json").read_text())
+    for wrong, message in (([], "--language-model"), (decoder, "--former-tokenizer")):
+        with pytest.raises(SystemExit):
+            main([*arguments, *wrong])
+        assert message in capsys.readouterr().err
