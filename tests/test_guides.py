@@ -91,7 +91,8 @@ def encoder_recipe(tmp_path, pictures, *overrides: str) -> dict:
     torch.manual_seed(0)
     for folder, names in (("guide", pictures.names), ("others", pictures.names[1:])):
         Judge(names, pictures.styles, 48, [2, 2, 1, 2]).save(tmp_path / folder)
-    paths = [f"data.folder={EMOJI}", f"guide={tmp_path / 'guide'}", "name_guides=[]", f"style_guide={tmp_path / 'guide'}"]
+    guide = tmp_path / "guide"
+    paths = [f"data.folder={EMOJI}", f"guide={guide}", "name_guides=[]", f"style_guide={guide}"]
     return load_recipe(str(RECIPES / "encoder.yaml"), [*paths, *overrides])
 
 

@@ -1,4 +1,4 @@
-"""Going on with another tokenizer: with the embedded checkpoint and tokenizers that differ from its own in known ways."""
+"""Going on with another tokenizer: the embedded checkpoint, and tokenizers that differ from its own in known ways."""
 
 import copy
 import json

@@ -195,7 +195,8 @@ def augment_halves(
         Pictures (B, 3, S, S) in [0, 1], and which of them are close, (B,) bool.
     """
     if close_augmentation is None:
-        return augment(pictures, noise, **augmentation), torch.ones(len(pictures), dtype=torch.bool).to(pictures.device)
+        close = torch.ones(len(pictures), dtype=torch.bool, device=pictures.device)
+        return augment(pictures, noise, **augmentation), close
     close = noise.uniform(1)[:, 0] < 0.5
     far = augment(pictures, noise, **augmentation)
     return torch.where(close[:, None, None, None], augment(pictures, noise, **close_augmentation), far), close

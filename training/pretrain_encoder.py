@@ -229,7 +229,8 @@ def finish(model: EncoderPretraining, dataset: PictureDataset, recipe: dict, out
         inputs = pictures.pictures[rows].float() / 255
         patches = torch.arange(model.config.num_patches).expand(len(rows), -1)
         names, styles, pixels, _ = model.heads(model.features(inputs, patches))
-        right = [(x.argmax(-1) == of[rows]).float().mean() for x, of in ((names, pictures.name), (styles, pictures.style))]
+        name_right = (names.argmax(-1) == pictures.name[rows]).float().mean()
+        style_right = (styles.argmax(-1) == pictures.style[rows]).float().mean()
         error = F.mse_loss(pixels, patchify(inputs * 2 - 1, model.config.patch_size))
         psnr = -10 * (error / 4).log10()
-        print(f"{split}: name top-1 {right[0]:.3f}, style top-1 {right[1]:.3f}, linear pixels {psnr:.1f} dB")
+        print(f"{split}: name top-1 {name_right:.3f}, style top-1 {style_right:.3f}, linear pixels {psnr:.1f} dB")

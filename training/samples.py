@@ -51,9 +51,7 @@ class Sequences:
         return (codes + self.processor.visual_offset).tolist()
 
     @staticmethod
-    def sample(
-        position: int, parts: list[tuple[list[int], bool]], pictures=(), drawn=(), close: bool = False
-    ) -> dict:
+    def sample(position: int, parts: list[tuple[list[int], bool]], pictures=(), drawn=(), close: bool = False) -> dict:
         """Joins parts, each with whether it is learnt."""
         ids = [i for part, _ in parts for i in part]
         labels = [i if learnt else IGNORED_LABEL for part, learnt in parts for i in part]

@@ -68,5 +68,6 @@ def finish(model: JudgeTraining, dataset: PictureDataset, recipe: dict, output: 
     for split in ("train", "held_out"):
         pictures = PictureDataset(recipe["data"]["folder"], model.judge.image_size, (split,))
         rows = pictures.spread(400)
-        names, styles = [dataset.names[i] for i in pictures.name[rows]], [dataset.styles[i] for i in pictures.style[rows]]
+        names = [dataset.names[i] for i in pictures.name[rows]]
+        styles = [dataset.styles[i] for i in pictures.style[rows]]
         print(split, model.judge.score(pictures.pictures[rows].float() / 255, names, styles))

@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="result of stage 1 to go on with")
     parser.add_argument("--language-model", type=Path, help="result of stage 2, or a LaVIT checkpoint")
     parser.add_argument("--pixel-decoder", type=Path, help="result of stage 3; needs --former-tokenizer")
-    parser.add_argument("--former-tokenizer", type=Path, help="result of stage 1 that the pixel decoder was trained on")
+    parser.add_argument("--former-tokenizer", type=Path, help="result of stage 1 that the pixel decoder knows")
     parser.add_argument("--data", required=True, help="image folder with metadata.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="gets language_model and pixel_decoder")
     options = parser.parse_args(arguments)
