@@ -1,6 +1,5 @@
 """Pictures with a name and a style: loading, held in memory at the model's size, and batch augmentation."""
 
-import os
 import random
 from pathlib import Path
 
@@ -12,13 +11,6 @@ from torch.utils.data import default_collate
 from ..configuration_lavit import IMAGE_MEAN, IMAGE_STD
 from ..processing import LavitImageProcessor
 from .sources import load_source
-
-
-def computing_device() -> torch.device:
-    """Where what precedes training is computed: this rank's GPU where there is one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def result_of(stage: str, folder: str, name: str) -> Path:

@@ -30,7 +30,6 @@ from .data import (
     PictureDataset,
     SampleNoise,
     augment,
-    computing_device,
     load_pictures,
     normalize_pictures,
     result_of,
@@ -40,7 +39,7 @@ from .imagined import ImaginedPicture, imagine
 from .packing import pack
 from .regression import RegressionHead
 from .samples import PictureSamples, SourceSampleList, SourceSamples, SourceSampleStream
-from .sources import SourceStream, load_source
+from .sources import SourceStream, load_source, process_state
 from .text import VISUAL_TOKENS, sentences, train_text_tokenizer
 
 
@@ -350,7 +349,7 @@ def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, 
     seed = recipe["training_arguments"].get("seed", 42)
     dropout = recipe["objective"]["prompt_dropout"]
     if isinstance(pictures, PictureDataset):
-        model.to(computing_device())
+        model.to(process_state().device)
         codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
         imagined = imagine_for(recipe, model, processor, pictures, codes, seed)
         model.to("cpu")

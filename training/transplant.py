@@ -1,6 +1,6 @@
 """Stages 2 and 3 go on with another visual tokenizer, without starting anew.
 
-`python -m modeling_lavit.training.transplant --tokenizer DIR --data FOLDER --output DIR [--language-model DIR]
+`python -m modeling_lavit.training.transplant --tokenizer DIR --language-model DIR --data FOLDER --output DIR
 [--pixel-decoder DIR]`
 
 A better encoder gives other features and other codes, which what was trained on the former ones cannot read. Both
@@ -112,7 +112,14 @@ def transplant_detokenizer(
     new: tuple[LavitVisualTokenizer, LavitDetokenizer],
     pictures: PictureDataset,
 ) -> None:
-    """Gives a new tokenizer's detokenizer the readout that a UNet knows from the old one's."""
+    """Gives a new tokenizer's detokenizer the readout that a UNet knows from the old one's.
+
+    Raises:
+        ValueError: the old detokenizer is not of the old tokenizer.
+    """
+    codebooks = old[0].quantizer.codebook.weight, old[1].codebook.weight
+    if not torch.equal(*codebooks):
+        raise ValueError("language model and pixel decoder were trained with different codebooks")
 
     def rebuilt(tokenizer: LavitVisualTokenizer, detokenizer: LavitDetokenizer, pixels: torch.Tensor) -> torch.Tensor:
         tokens = tokenizer.tokenize(pixels)
@@ -132,38 +139,31 @@ def transplant_detokenizer(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="result of stage 1 to go on with")
-    parser.add_argument("--language-model", type=Path, help="result of stage 2, or a LaVIT checkpoint")
-    parser.add_argument("--pixel-decoder", type=Path, help="result of stage 3; needs --former-tokenizer")
-    parser.add_argument("--former-tokenizer", type=Path, help="result of stage 1 that the pixel decoder knows")
+    parser.add_argument("--language-model", type=Path, required=True, help="result of stage 2, or a LaVIT checkpoint")
+    parser.add_argument(
+        "--pixel-decoder", type=Path, help="result of stage 3 on the same codes, or a LaVIT checkpoint"
+    )
     parser.add_argument("--data", required=True, help="image folder with metadata.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="gets language_model and pixel_decoder")
     options = parser.parse_args(arguments)
-    if not options.language_model and not options.pixel_decoder:
-        parser.error("name --language-model, --pixel-decoder or both")
-    if options.pixel_decoder and not options.former_tokenizer:
-        parser.error("--pixel-decoder needs --former-tokenizer")
 
     def load(kind: type, folder: Path, part: str) -> nn.Module:
         return kind.from_pretrained(result_of("tokenizer", str(folder), part), dtype=torch.float32).eval()
 
     tokenizer = load(LavitVisualTokenizer, options.tokenizer, "visual_tokenizer")
     pictures = PictureDataset(options.data, tokenizer.config.image_size)
-    if options.language_model:
-        model = LavitForConditionalGeneration.from_pretrained(options.language_model, dtype=torch.float32).eval()
-        transplant_language_model(model, tokenizer, pictures)
-        model.save_pretrained(options.output / "language_model")
-        LavitProcessor.from_pretrained(options.language_model).save_pretrained(options.output / "language_model")
+    model = LavitForConditionalGeneration.from_pretrained(options.language_model, dtype=torch.float32).eval()
     if options.pixel_decoder:
-        former = (
-            load(LavitVisualTokenizer, options.former_tokenizer, "visual_tokenizer"),
-            load(LavitDetokenizer, options.pixel_decoder, "detokenizer"),
-        )
+        former = model.model.visual_tokenizer, load(LavitDetokenizer, options.pixel_decoder, "detokenizer")
         detokenizer = load(LavitDetokenizer, options.tokenizer, "detokenizer")
         transplant_detokenizer(former, (tokenizer, detokenizer), pictures)
         for part in ("unet", "vae", "scheduler"):
             path = result_of("pixel-decoder", str(options.pixel_decoder), part)
             shutil.copytree(path, options.output / "pixel_decoder" / part, dirs_exist_ok=True)
         detokenizer.save_pretrained(options.output / "pixel_decoder" / "detokenizer")
+    transplant_language_model(model, tokenizer, pictures)  # after which the former tokenizer is gone
+    model.save_pretrained(options.output / "language_model")
+    LavitProcessor.from_pretrained(options.language_model).save_pretrained(options.output / "language_model")
 
 
 if __name__ == "__main__":
