@@ -47,7 +47,7 @@ pictures: $(INSTALLED)
 	$(call SHOW,codebook) --data $(DATA)
 	$(call SHOW,kept) --data $(DATA)
 	$(call SHOW,reconstructions) --data $(DATA)
-	$(call SHOW,curves) training/logs/tokenizer.jsonl --metrics loss keep_rate decided perplexity
+	$(call SHOW,curves) training/logs/h100_tokenizer.jsonl --metrics loss keep_rate decided perplexity
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -34,12 +34,14 @@ class LavitInputs:
         inputs_embeds: (B, L, E).
         attention_mask: (B, L), 0 on padding.
         labels: (B, L) or None; -100 on picture features and padding.
+        is_feature: (B, L) bool, where the picture features are.
     """
 
     input_ids: torch.LongTensor
     inputs_embeds: torch.Tensor
     attention_mask: torch.LongTensor
     labels: torch.LongTensor | None
+    is_feature: torch.BoolTensor
 
 
 class LavitUnderstanding(nn.Module):
@@ -166,7 +168,7 @@ class LavitModel(LavitPreTrainedModel):
             ignored = [torch.full_like(placeholder, IGNORED_LABEL) for placeholder in placeholders]
             label_rows = fill_slots(unpad(labels, attention_mask), slots, ignored)
             labels = pad(label_rows, IGNORED_LABEL, padding_side)[0]
-        return LavitInputs(ids, embeds, mask, labels)
+        return LavitInputs(ids, embeds, mask, labels, is_feature)
 
     @can_return_tuple
     def forward(

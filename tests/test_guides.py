@@ -8,7 +8,8 @@ import torch
 
 from modeling_lavit.evaluation.judge import Judge
 from modeling_lavit.processing import LavitProcessor
-from modeling_lavit.training.data import PictureDataset, SampleNoise, augment, augment_halves
+from modeling_lavit.training.data import PictureDataset, SampleNoise, augment, augment_halves, normalize_pictures
+from modeling_lavit.training.guided import GuidedPictures, blend_and_name
 from modeling_lavit.training.pretrain_encoder import build as build_encoder_training
 from modeling_lavit.training.run import load_recipe
 from modeling_lavit.training.samples import PictureSamples, collate_samples
@@ -130,7 +131,7 @@ def test_questions_of_style_are_asked_of_close_pictures(pictures):
         samples[task] = dataset[random.Random(0).randrange(len(pictures))]
     batch = collate_samples(list(samples.values()))
     assert batch["close"].tolist() == [True, False]
-    overrides = [f"data.folder={EMOJI}", f"start={CHECKPOINT}", "tokenizer=null"]
+    overrides = [f"data.folder={EMOJI}", f"start={CHECKPOINT}", "tokenizer=null", "guided.number=0"]
     recipe = load_recipe(str(RECIPES / "language_model.yaml"), overrides)
     recipe["augmentation"], recipe["close_augmentation"] = MOVED, STILL
     model, _, _ = build_language_model_training(recipe)
@@ -140,3 +141,81 @@ def test_questions_of_style_are_asked_of_close_pictures(pictures):
     still = model.augmented(shown, noise, torch.ones(2, dtype=torch.bool))
     assert torch.equal(near[0], still[0]) and not torch.equal(far[0], still[0])
     assert torch.equal(far[1], still[1]) and not torch.equal(near[1], still[1])
+
+
+def test_features_are_dropped_and_nothing_else(pictures):
+    overrides = [f"data.folder={EMOJI}", f"start={CHECKPOINT}", "tokenizer=null", "guided.number=0"]
+    model, dataset, _ = build_language_model_training(
+        load_recipe(str(RECIPES / "language_model.yaml"), [*overrides, "mixture={caption: 1.0, draw: 1.0}"])
+    )
+    batch = collate_samples([dataset[position] for position in range(8)])
+    pixels = normalize_pictures(batch["pictures"].float() / 255)
+    inputs = model.model.model.expand_inputs(
+        *(batch["input_ids"], pixels, batch["attention_mask"], batch["labels"]), padding_side="right"
+    )
+    noise = torch.rand(8, 145, generator=torch.Generator().manual_seed(0))
+    embeds, mask, labels = model.drop_features(inputs, noise)
+    shares = []
+    for row in range(8):
+        whole = inputs.inputs_embeds[row][inputs.attention_mask[row].bool()]
+        feature = inputs.is_feature[row][inputs.attention_mask[row].bool()]
+        left = embeds[row][mask[row].bool()]
+        places = [int((whole == vector).all(1).nonzero()[0]) for vector in left if (whole == vector).all(1).sum() == 1]
+        assert places == sorted(places)  # in their order
+        assert len(left) >= (~feature).sum()
+        learnt = inputs.labels[row] != -100
+        assert labels[row][labels[row] != -100].tolist() == inputs.labels[row][learnt].tolist()
+        assert torch.equal(left[labels[row][mask[row].bool()] != -100], inputs.inputs_embeds[row][learnt])
+        if feature.any():
+            shares.append(1 - (len(left) - int((~feature).sum())) / int(feature.sum()))
+        else:
+            assert len(left) == len(whole)
+    assert shares and max(shares) > 0.2 and max(shares) < 0.9
+    model.recipe["feature_dropout"] = 0.0
+    untouched = model.drop_features(inputs, noise)
+    for one, other in zip(untouched, (inputs.inputs_embeds, inputs.attention_mask, inputs.labels), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_blends_are_named_by_the_guides(tmp_path, pictures):
+    torch.manual_seed(0)
+    names = ["something else", *reversed(pictures.names)]  # guides may know more names, in another order
+    folders = [str(tmp_path / folder) for folder in ("one", "two")]
+    for folder in folders:
+        Judge(names, pictures.styles, 48, [2, 2, 1, 2]).save(folder)
+    guided = blend_and_name(pictures, folders, 300, seed=0)
+    assert guided.pictures.shape == (300, 3, 48, 48) and guided.pictures.dtype == torch.uint8
+    shown = guided.pictures.float() / 255
+    votes = sum(Judge.load(folder)(shown)[0].softmax(-1) for folder in folders)
+    votes[:, 0] = 0  # not a name of the data set
+    assert [pictures.names[i] for i in guided.name] == [names[i] for i in votes.argmax(-1)]
+    known = {tuple(picture.flatten().tolist()) for picture in pictures.pictures}
+    assert sum(tuple(blend.flatten().tolist()) in known for blend in guided.pictures) < 100  # most are new
+    again, other = (blend_and_name(pictures, folders, 300, seed=seed) for seed in (0, 1))
+    assert torch.equal(again.pictures, guided.pictures) and not torch.equal(other.pictures, guided.pictures)
+    more = blend_and_name(pictures, folders, 310, seed=0)
+    assert torch.equal(more.pictures[:300], guided.pictures)
+
+
+def test_blends_are_a_share_of_the_captions(tmp_path, pictures):
+    processor = LavitProcessor.from_pretrained(CHECKPOINT)
+    guided = GuidedPictures(torch.full((2, 3, 48, 48), 7, dtype=torch.uint8), torch.tensor([3, 3]))
+    codes = [[torch.arange(5)] for _ in pictures.pictures]
+    for task, low, high in (("caption", 0.4, 0.8), ("style_question", 0.0, 0.0)):
+        dataset = PictureSamples(pictures, codes, processor, {task: 1.0}, 0.0, guided=guided, guided_share=0.6)
+        items = [dataset[position] for position in range(len(pictures))]
+        blends = [item for item in items if bool((item["pictures"][0] == 7).all())]
+        assert low <= len(blends) / len(items) <= high
+        for item in blends:
+            learnt = [label for label in item["labels"] if label >= 0]
+            assert processor.tokenizer.decode(learnt, skip_special_tokens=True) == pictures.names[3]
+
+
+def test_blends_need_guides_that_know_the_names(tmp_path, pictures):
+    with pytest.raises(ValueError, match="needs guides"):
+        blend_and_name(pictures, [], 4, seed=0)
+    with pytest.raises(OSError, match="train the stage judge first"):
+        blend_and_name(pictures, [str(tmp_path / "nothing")], 4, seed=0)
+    Judge(pictures.names[1:], pictures.styles, 48, [2, 2, 1, 2]).save(tmp_path / "less")
+    with pytest.raises(ValueError, match="does not know 1 of the names"):
+        blend_and_name(pictures, [str(tmp_path / "less")], 4, seed=0)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 CHECKPOINT = ROOT / "checkpoints" / "lavit-emoji"
 NAMES = ("cat face", "sunflower")
+NAMED_STYLES = ("blob", "emojitwo", "flat", "fluent", "noto", "twemoji")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,34 @@ def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, pictures, 
         assert [p.codes.tolist() for p in others] != [p.codes.tolist() for p in imagined]
 
 
+def test_those_whose_style_is_read_otherwise_are_left_out(embedded, pictures, codes, how, imagined):
+    model, processor = embedded
+    strict = imagine(*embedded, pictures, codes, seed=0, check_style=True, **how)
+    answers = read_codes(model, processor, [picture.codes for picture in imagined], "which style is this?")
+    expected = [p for p, answer in zip(imagined, answers, strict=True) if answer == pictures.styles[p.style]]
+    assert [(p.name, p.style, p.codes.tolist()) for p in strict] == [
+        (p.name, p.style, p.codes.tolist()) for p in expected
+    ]
+    assert set(answers) <= set(NAMED_STYLES)
+
+
+@pytest.mark.parametrize(("task", "asked"), [("code_caption", False), ("code_style_question", True)])
+def test_codes_are_read_as_pictures_are(embedded, pictures, codes, task, asked):
+    processor = embedded[1]
+    samples = PictureSamples(pictures, codes, processor, {task: 1.0}, 0.1)
+    for position in range(len(samples)):
+        item = samples[position]
+        start = next(i for i, label in enumerate(item["labels"]) if label >= 0)
+        visual = [i - processor.visual_offset for i in item["ids"] if i >= processor.visual_offset]
+        assert visual == codes[position][0].tolist()
+        end = processor.tokenizer.eos_token_id
+        index = samples.pictures.order[position]
+        answer = pictures.styles[pictures.style[index]] if asked else pictures.names[pictures.name[index]]
+        assert item["ids"][start:] == item["labels"][start:] == [*samples.sequences.text(answer), end]
+        question = processor.tokenizer.decode(item["ids"][item["ids"].index(processor.eoi_token_id) + 1 : start])
+        assert ("style" in question) == asked
+
+
 @pytest.mark.parametrize("task", ["draw", "restyle"])
 def test_imagined_pictures_are_targets_of_their_share(embedded, pictures, imagined, task):
     processor = embedded[1]
@@ -114,6 +143,7 @@ def test_a_stage_that_imagines_needs_a_start(folder):
             f"data.folder={folder}",
             f"start={CHECKPOINT}",
             "tokenizer=null",
+            "guided.number=0",
             "imagined.number=4",
         ],
     )

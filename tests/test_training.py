@@ -63,6 +63,8 @@ def stages(tmp_path_factory) -> dict[str, Path]:
         "start=null",
         "text_model.num_hidden_layers=1",
         "mixture={caption: 0.5, draw: 0.3, restyle: 0.2}",
+        "guided.number=12",
+        f"guided.guides=[{done['guide']}, {done['wide_guide']}]",
     )
     smaller = ["unet.block_out_channels=[32, 32]", "unet.attention_head_dim=[2, 2]"]
     done["features"] = train(
@@ -150,7 +152,10 @@ def test_two_ranks_train_as_one_with_the_same_global_batch(stages, stage, tmp_pa
     name = stage.replace("-", "_")
     arguments = {
         "tokenizer": [f"encoder={stages['encoder']}", "model.codebook_size=32", "detokenizer.codebook_size=32"],
-        "language-model": [f"tokenizer={stages['tokenizer']}", "start=null", "text_model.num_hidden_layers=1"],
+        "language-model": [
+            *(f"tokenizer={stages['tokenizer']}", "start=null", "text_model.num_hidden_layers=1"),
+            *("guided.number=12", f"guided.guides=[{stages['guide']}, {stages['wide_guide']}]"),
+        ],
         "pixel-decoder": [
             *(f"tokenizer={stages['tokenizer']}", f"start={stages['features']}"),
             *("objective.perceptual_weight=0.1", "objective.condition_dropout=0.5"),
@@ -169,7 +174,7 @@ def test_two_ranks_train_as_one_with_the_same_global_batch(stages, stage, tmp_pa
 
 def test_shards_train_as_one_whole_and_come_together_again(stages, tmp_path):
     """FSDP: each rank holds a half of every parameter; a cut run goes on, and the result is that of one rank."""
-    arguments = [f"tokenizer={stages['tokenizer']}", "start=null", "text_model.num_hidden_layers=2"]
+    arguments = [f"tokenizer={stages['tokenizer']}", "start=null", "text_model.num_hidden_layers=2", "guided.number=0"]
     arguments += [DATA, *FEW_STEPS, "training_arguments.max_steps=4", "training_arguments.bf16=false"]
     arguments = ["language-model", str(RECIPES / "language_model.yaml"), *arguments]
     main([*arguments, f"training_arguments.output_dir={tmp_path / 'one'}"])

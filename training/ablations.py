@@ -114,6 +114,7 @@ def train_variant(name: str, seed: int, options: argparse.Namespace) -> None:
             "text_model.num_attention_heads=6",
             "text_model.num_key_value_heads=6",
             "mixture={draw: 1.0}",
+            "guided.number=0",
             f"training_arguments.max_steps={options.language_steps}",
             *VARIANTS[name].language_model,
         ],

@@ -1,8 +1,9 @@
 """Pictures that a model draws for itself: of every name in every style of which no picture is there.
 
 A model that draws a thing in a style in which it has never seen it may get either wrong. It redraws pictures of the
-thing in that style; those that it still recognises serve as targets (self-training with a filter, as in arXiv
-1911.04252). What is drawn from a name alone has its name right more often, and its style less often.
+thing in that style; those of which it still reads the name (and the style, if asked to) serve as targets
+(self-training with a filter, as in arXiv 1911.04252). What is drawn from a name alone has its name right more often,
+and its style less often.
 """
 
 import random
@@ -14,7 +15,7 @@ import torch
 from ..modeling_lavit import LavitForConditionalGeneration
 from ..processing import LavitProcessor
 from .data import PictureDataset
-from .text import NAME_AND_STYLE, restyling_prompt
+from .text import ANSWER_PROMPT, NAME_AND_STYLE, QUESTIONS, restyling_prompt
 
 
 SOURCES = ("picture", "name")
@@ -43,12 +44,14 @@ def picture_ids(processor: LavitProcessor, codes: torch.Tensor) -> list[int]:
 
 @torch.no_grad()
 def read_codes(
-    model: LavitForConditionalGeneration, processor: LavitProcessor, pictures: list[torch.Tensor]
+    model: LavitForConditionalGeneration, processor: LavitProcessor, pictures: list[torch.Tensor], question: str = ""
 ) -> list[str]:
-    """The model's captions of pictures, each the codes (n,) of one."""
-    rows = [picture_ids(processor, codes) for codes in pictures]
+    """The model's captions of pictures, each the codes (n,) of one; or its answers to a question about them."""
+    prompt = ANSWER_PROMPT.format(question) if question else ""
+    words = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    rows = [picture_ids(processor, codes) + words for codes in pictures]
     inputs = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
-    ids = model.generate(**inputs, generation_preset="caption")
+    ids = model.generate(**inputs, generation_preset="answer" if question else "caption")
     return processor.post_process_answer(ids, input_ids=inputs["input_ids"])
 
 
@@ -62,9 +65,10 @@ def imagine(
     source: str,
     guidance_scale: float,
     seed: int,
+    check_style: bool = False,
     batch_size: int = 48,
 ) -> list[ImaginedPicture]:
-    """Draws every missing pair `number` times and keeps the pictures whose caption is the name.
+    """Draws every missing pair `number` times and keeps the pictures whose caption is the name, by their codes.
 
     Args:
         model: draws and reads, with the presets of its generation config.
@@ -73,6 +77,7 @@ def imagine(
         source: "picture" draws from a picture of that name and "in this style", "name" from both as text.
         guidance_scale: of the drawing.
         seed: decides every picture.
+        check_style: keep only those, too, of which the model answers the style that was asked for.
 
     Raises:
         ValueError: another source.
@@ -102,11 +107,14 @@ def imagine(
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(part))],
         )
         drawn = processor.post_process_multimodal_output(ids, generation_mode="image")
-        captions = read_codes(model, processor, drawn)
+        read = [(name,) for name in read_codes(model, processor, drawn)]
+        if check_style:
+            answers = read_codes(model, processor, drawn, QUESTIONS["style"][0])
+            read = [(*name, style) for name, style in zip(read, answers, strict=True)]
         kept += [
             ImaginedPicture(name, style, codes.cpu())
-            for (name, style), codes, caption in zip(part, drawn, captions, strict=True)
-            if caption == pictures.names[name]
+            for (name, style), codes, answers in zip(part, drawn, read, strict=True)
+            if answers == (pictures.names[name], pictures.styles[style])[: len(answers)]
         ]
     model.train(mode)
     print(f"imagined {len(pairs)} pictures of {len(pairs) // max(1, number)} pairs, kept {len(kept)}")

@@ -15,6 +15,7 @@ import torch
 from ..modeling_lavit import IGNORED_LABEL
 from ..processing import LavitProcessor
 from .data import PictureDataset
+from .guided import GuidedPictures
 from .imagined import ImaginedPicture
 from .text import ANSWER_PROMPT, drawing_prompt, question_prompt, restyling_prompt
 
@@ -117,15 +118,18 @@ class PictureSamples(torch.utils.data.Dataset):
         codes: each picture's visual codes: those of itself, and of views of it that are as good.
         processor: of the model.
         mixture: probabilities of `caption`, `style_question`, `name_question`, which read a picture as features;
-            `code_caption`, which reads it as codes; `draw`; `restyle`, which reads codes and draws.
+            `code_caption`, `code_style_question`, which read it as codes; `draw`; `restyle`, which reads codes and
+            draws.
         prompt_dropout: see [`Sequences`].
         seed: of the run.
         imagined: pictures that a model drew, see [`imagine`].
         imagined_share: of the samples that draw, how many have one of them as their target.
+        guided: blends that guides named, see [`blend_and_name`].
+        guided_share: of the captions, how many are of one of them.
     """
 
     collate = staticmethod(collate_samples)
-    tasks = ("caption", "style_question", "name_question", "code_caption", "draw", "restyle")
+    tasks = ("caption", "style_question", "name_question", "code_caption", "code_style_question", "draw", "restyle")
 
     def __init__(
         self,
@@ -137,10 +141,13 @@ class PictureSamples(torch.utils.data.Dataset):
         seed: int = 0,
         imagined: list[ImaginedPicture] | None = None,
         imagined_share: float = 0.0,
+        guided: GuidedPictures | None = None,
+        guided_share: float = 0.0,
     ):
         check_mixture(mixture, self.tasks)
         self.pictures, self.codes, self.mixture = pictures, codes, mixture
         self.imagined, self.imagined_share = imagined or [], imagined_share
+        self.guided, self.guided_share = guided, guided_share
         self.sequences = Sequences(processor, prompt_dropout)
         self.seed, self.epoch = seed, 0
         self.same_name = defaultdict(list)
@@ -165,6 +172,10 @@ class PictureSamples(torch.utils.data.Dataset):
         name = self.pictures.names[self.pictures.name[index]]
         style = self.pictures.styles[self.pictures.style[index]]
         sequences = self.sequences
+        if task == "caption" and self.guided is not None and draw.random() < self.guided_share:
+            blend = draw.randrange(len(self.guided.name))
+            turn = ("", self.pictures.names[self.guided.name[blend]])
+            return sequences.sample(position, sequences.reading([turn]), [self.guided.pictures[blend]], [False])
         if task in ("caption", "style_question", "name_question"):
             turn = {
                 "caption": ("", name),
@@ -173,9 +184,12 @@ class PictureSamples(torch.utils.data.Dataset):
             }[task]
             picture, close = self.pictures.pictures[index], task == "style_question"
             return sequences.sample(position, sequences.reading([turn]), [picture], [False], close)
-        if task == "code_caption":
+        if task in ("code_caption", "code_style_question"):
             prompt = [sequences.boi, *self.code_ids(index, draw), sequences.eoi]
-            return sequences.sample(position, [(prompt, False), ([*sequences.text(name), sequences.eos], True)])
+            answer = name if task == "code_caption" else style
+            if task == "code_style_question":
+                prompt += sequences.text(question_prompt(draw, "style"))
+            return sequences.sample(position, [(prompt, False), ([*sequences.text(answer), sequences.eos], True)])
         number = int(self.pictures.name[index])
         if self.imagined and draw.random() < self.imagined_share:
             target = draw.choice(self.imagined)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from ..configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
-from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
+from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration, LavitInputs
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitImageProcessor, LavitProcessor
 from ..prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
@@ -35,6 +35,7 @@ from .data import (
     result_of,
 )
 from .distributed import ragged_mean
+from .guided import blend_and_name
 from .imagined import ImaginedPicture, imagine
 from .packing import pack
 from .regression import RegressionHead
@@ -98,6 +99,28 @@ class LanguageModelTraining(nn.Module):
         chosen = (uniform[..., 0] < self.recipe["code_corruption"]) & (labels >= vocabulary.visual_offset)
         others = vocabulary.visual_offset + (uniform[..., 1] * vocabulary.codebook_size).long()
         return torch.where(chosen, others, input_ids)
+
+    def drop_features(
+        self, inputs: LavitInputs, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Takes a random share of the features, up to `feature_dropout`, from the pictures that a sample reads: of few
+        pictures a language model learns by heart what it should read.
+
+        Args:
+            inputs: right-padded, with labels.
+            noise: (B, 1 + N) in [0, 1); the first decides the share, each other one features of the sample.
+
+        Returns:
+            Embeddings (B, L, E), mask and labels (B, L), right-padded.
+        """
+        number = (inputs.is_feature.cumsum(1) - 1).clamp_min(0) % (noise.shape[1] - 1)
+        dropped = noise[:, 1:].gather(1, number) < noise[:, :1] * self.recipe["feature_dropout"]
+        kept = inputs.attention_mask.bool() & ~(inputs.is_feature & dropped)
+        order = (~kept).long().argsort(dim=1, stable=True)
+        mask = kept.gather(1, order)
+        labels = inputs.labels.gather(1, order).masked_fill(~mask, IGNORED_LABEL)
+        embeds = inputs.inputs_embeds.gather(1, order[..., None].expand_as(inputs.inputs_embeds))
+        return embeds, mask.long(), labels
 
     def augmented(self, pictures: torch.Tensor, noise: SampleNoise, close: torch.Tensor) -> torch.Tensor:
         """Pictures (P, 3, S, S) in [0, 1] to pixel values, those `close` (P,) by their own augmentation."""
@@ -177,11 +200,12 @@ class LanguageModelTraining(nn.Module):
             if drawn.any():
                 input_ids, labels, attention_mask = self.insert_codes(input_ids, labels, attention_mask, pixels, drawn)
                 pixels = pixels[~drawn]
+        dropout_noise = noise.uniform(1 + model.config.visual_config.num_patches)
         input_ids = self.corrupt(input_ids, labels, noise)
         is_reading = pictures is not None and len(pixels) > 0
         if is_reading:
             expanded = model.model.expand_inputs(input_ids, pixels, attention_mask, labels, padding_side="right")
-            embeds, attention_mask, labels = expanded.inputs_embeds, expanded.attention_mask, expanded.labels
+            embeds, attention_mask, labels = self.drop_features(expanded, dropout_noise)
         else:
             embeds = model.get_input_embeddings()(input_ids)
         hidden, targets = self.states(embeds, attention_mask, labels)
@@ -340,8 +364,8 @@ def imagine_for(
             raise ValueError(f"imagined.model {section['model']} has other codes than the tokenizer of this run")
     elif not recipe["start"]:
         raise ValueError("imagined.number needs a model that can draw and read: a start, or imagined.model")
-    how = section["source"], section["guidance_scale"]
-    return imagine(model, processor, pictures, codes, section["number"], *how, seed)
+    how = section["number"], section["source"], section["guidance_scale"]
+    return imagine(model, processor, pictures, codes, *how, seed, section["check_style"])
 
 
 def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, processor: LavitProcessor):
@@ -349,12 +373,15 @@ def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, 
     seed = recipe["training_arguments"].get("seed", 42)
     dropout = recipe["objective"]["prompt_dropout"]
     if isinstance(pictures, PictureDataset):
-        model.to(process_state().device)
+        device, guided = process_state().device, None
+        model.to(device)
         codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
         imagined = imagine_for(recipe, model, processor, pictures, codes, seed)
         model.to("cpu")
-        share = recipe["imagined"]["share"]
-        return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed, imagined, share)
+        if recipe["guided"]["number"]:
+            guided = blend_and_name(pictures, recipe["guided"]["guides"], recipe["guided"]["number"], seed, device)
+        extra = imagined, recipe["imagined"]["share"], guided, recipe["guided"]["share"]
+        return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed, *extra)
     size = model.config.visual_config.image_size
     texts = load_source(recipe["text_data"], size, with_pictures=False) if recipe["text_data"] else None
     instructions = load_source(recipe["instruction_data"], size) if recipe["instruction_data"] else None
