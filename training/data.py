@@ -171,6 +171,11 @@ def augment(
     return (1 - ink * gain).clamp(0, 1)
 
 
+def beta_half(uniform: torch.Tensor) -> torch.Tensor:
+    """Numbers uniform in [0, 1) to numbers by Beta(1/2, 1/2): how much of the first of two pictures a blend has."""
+    return (torch.pi / 2 * uniform).sin().square()
+
+
 def augment_halves(
     pictures: torch.Tensor, noise: SampleNoise, augmentation: dict, close_augmentation: dict | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

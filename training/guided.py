@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..evaluation.judge import Judge
-from .data import PictureDataset, SampleNoise, result_of
+from .data import PictureDataset, SampleNoise, beta_half, result_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def blend_and_name(
     for positions in torch.arange(number).split(256):
         uniform = SampleNoise(positions, 0, seed).uniform(3)
         one, other = (pictures.pictures[(uniform[:, i] * len(pictures.pictures)).long()].float() for i in (0, 1))
-        ratio = (torch.pi / 2 * uniform[:, 2]).sin().square()[:, None, None, None]  # by Beta(1/2, 1/2)
+        ratio = beta_half(uniform[:, 2])[:, None, None, None]
         blends.append((ratio * one + (1 - ratio) * other).round().to(torch.uint8))
         shown = blends[-1].to(device).float() / 255
         votes = sum(judge(shown)[0][:, own].softmax(-1) for judge, own in zip(judges, columns, strict=True))

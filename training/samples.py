@@ -185,10 +185,9 @@ class PictureSamples(torch.utils.data.Dataset):
             picture, close = self.pictures.pictures[index], task == "style_question"
             return sequences.sample(position, sequences.reading([turn]), [picture], [False], close)
         if task in ("code_caption", "code_style_question"):
-            prompt = [sequences.boi, *self.code_ids(index, draw), sequences.eoi]
-            answer = name if task == "code_caption" else style
+            prompt, answer = [sequences.boi, *self.code_ids(index, draw), sequences.eoi], name
             if task == "code_style_question":
-                prompt += sequences.text(question_prompt(draw, "style"))
+                prompt, answer = prompt + sequences.text(question_prompt(draw, "style")), style
             return sequences.sample(position, [(prompt, False), ([*sequences.text(answer), sequences.eos], True)])
         number = int(self.pictures.name[index])
         if self.imagined and draw.random() < self.imagined_share:

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..evaluation.judge import Judge
-from .data import PictureDataset, SampleNoise, augment_halves, load_pictures
+from .data import PictureDataset, SampleNoise, augment_halves, beta_half, load_pictures
 
 
 class JudgeTraining(nn.Module):
@@ -37,8 +37,8 @@ class JudgeTraining(nn.Module):
         if self.recipe["corrupted"]:
             pictures = self.corrupt(pictures, noise)
         ratio = torch.ones(len(pictures), device=pictures.device)
-        if self.recipe["mix"]:  # by Beta(1/2, 1/2)
-            ratio = torch.where(close, ratio, (torch.pi / 2 * noise.uniform(1)[:, 0]).sin().square())
+        if self.recipe["mix"]:
+            ratio = torch.where(close, ratio, beta_half(noise.uniform(1)[:, 0]))
             each = ratio[:, None, None, None]
             pictures = each * pictures + (1 - each) * pictures.roll(1, 0)
         name_logits, style_logits = self.judge(pictures)

@@ -113,6 +113,8 @@ class LanguageModelTraining(nn.Module):
         Returns:
             Embeddings (B, L, E), mask and labels (B, L), right-padded.
         """
+        if not self.recipe["feature_dropout"]:
+            return inputs.inputs_embeds, inputs.attention_mask, inputs.labels
         number = (inputs.is_feature.cumsum(1) - 1).clamp_min(0) % (noise.shape[1] - 1)
         dropped = noise[:, 1:].gather(1, number) < noise[:, :1] * self.recipe["feature_dropout"]
         kept = inputs.attention_mask.bool() & ~(inputs.is_feature & dropped)
