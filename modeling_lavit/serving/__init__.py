@@ -3,8 +3,8 @@
     lavit serve                                      one machine
     serve run modeling_lavit.serving:app             the same application on a cluster, see examples/serve_cluster.yaml
 
-A request takes this way: `api` (limits, key) -> `chat_routes` or `image_routes` (OpenAI's shapes, `schemas`) -> `client`
--> `engine` (one model on one thread), where `batching` runs what waits together together.
+A request takes this way: `api` (limits, key) -> `chat_routes` or `image_routes` (OpenAI's shapes, `schemas`) ->
+`client` -> `engine` (one model on one thread), where `batching` runs what waits together together.
 """
 
 try:

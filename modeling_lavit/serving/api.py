@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from modeling_lavit.serving import chat_routes, image_routes
-from modeling_lavit.serving.client import EngineClient
+from modeling_lavit.serving.client import Engine
 from modeling_lavit.serving.errors import ApiError, add_error_handlers
 from modeling_lavit.serving.metrics import Metrics
 from modeling_lavit.serving.settings import ServeSettings
@@ -40,7 +40,7 @@ class Server:
     """
 
     settings: ServeSettings
-    engine: EngineClient
+    engine: Engine
     metrics: Metrics
     count_replicas: Callable[[], Awaitable[int]]
     started: int
@@ -61,7 +61,7 @@ class Server:
             raise ApiError(404, message, "model", "model_not_found")
 
 
-def create_api(settings: ServeSettings, engine: EngineClient, count_replicas: Callable[[], Awaitable[int]]) -> FastAPI:
+def create_api(settings: ServeSettings, engine: Engine, count_replicas: Callable[[], Awaitable[int]]) -> FastAPI:
     """The ASGI application of a server."""
     api = FastAPI(title="LaVIT", docs_url=None, redoc_url=None)
     api.state.server = Server(settings, engine, Metrics(), count_replicas, int(time.time()))

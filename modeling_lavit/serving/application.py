@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from modeling_lavit.serving.api import create_api
-from modeling_lavit.serving.client import EngineClient
+from modeling_lavit.serving.client import ReplicaClient
 from modeling_lavit.serving.engine import LavitEngine
 from modeling_lavit.serving.settings import ServeSettings
 
@@ -53,7 +53,7 @@ def app(settings: ServeSettings) -> Application:
     )
 
     def build():
-        return create_api(settings, EngineClient(serve.get_deployment_handle(LavitEngine.__name__)), count_replicas)
+        return create_api(settings, ReplicaClient(serve.get_deployment_handle(LavitEngine.__name__)), count_replicas)
 
     server = serve.deployment(
         serve.ingress(build)(LavitServer),

@@ -1,7 +1,7 @@
 """Requests that wait together run together.
 
-Ray's own `serve.batch` closes a batch when its first request has waited for the time given, also while the batch before
-it still runs: under load it makes many small ones. Here a batch is closed when the model is free.
+Ray's own `serve.batch` closes a batch when its first request has waited for the time given, also while the batch
+before it still runs: under load it makes many small ones. Here a batch is closed when the model is free.
 """
 
 import asyncio

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
 
+from modeling_lavit.serving.client import ask_all, checked
 from modeling_lavit.serving.errors import ApiError
 from modeling_lavit.serving.image_routes import check_n, check_texts, chosen_size, seeds_of
 from modeling_lavit.serving.images import ImageReader, data_uri
@@ -38,14 +39,14 @@ async def complete_chat(request: Request, body: ChatRequest) -> dict | Streaming
     if body.answers_with == "image":
         size = chosen_size(await server.engine.describe(), body.size)
         parts = _drawing_parts(conversation, images)
-        answers = await server.engine.draw(Drawing(parts, seed, size) for seed in seeds)
+        answers = await ask_all(server.engine.draw, [Drawing(parts, seed, size) for seed in seeds])
     else:
         writings = [_writing(request, body, conversation, images, seed) for seed in seeds]
         if body.stream:
             if n > 1:
                 raise ApiError(400, "n is 1 where an answer is streamed", "n", "invalid_value")
             return await _start_stream(request, body, writings[0])
-        answers = await server.engine.write(writings)
+        answers = await ask_all(server.engine.write, writings)
     server.metrics.count(answers)
     choices = [
         {
@@ -137,7 +138,7 @@ def _usage(answers: list[Answer]) -> dict:
 async def _start_stream(request: Request, body: ChatRequest, writing: Writing) -> StreamingResponse:
     """A stream whose first piece is there: what is refused before gets its own status."""
     pieces = request.app.state.server.engine.stream(writing)
-    first = await anext(pieces)
+    first = checked(await anext(pieces))
     return StreamingResponse(_events(request, body, first, pieces), media_type="text/event-stream")
 
 
@@ -157,7 +158,7 @@ async def _events(
         piece = first
         while isinstance(piece, str):
             yield event({"content": piece})
-            piece = await anext(pieces)
+            piece = checked(await anext(pieces))
     except ApiError as error:
         yield f"data: {error.response().body.decode()}\n\n"
         return

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
+from modeling_lavit.serving.client import ask_all
 from modeling_lavit.serving.errors import ApiError, refuse_validation
 from modeling_lavit.serving.images import ImageReader, encode_image
 from modeling_lavit.serving.requests import Answer, Description, Drawing
@@ -63,7 +64,8 @@ async def _draw(request: Request, body: ImageRequest, images: tuple) -> dict:
     n = check_n(server.settings, body.n)
     size = chosen_size(await server.engine.describe(), body.size)
     seeds = seeds_of(body.seed, n)
-    answers = await server.engine.draw(Drawing((*images, body.prompt), seed, size) for seed in seeds)
+    drawings = [Drawing((*images, body.prompt), seed, size) for seed in seeds]
+    answers = await ask_all(server.engine.draw, drawings)
     server.metrics.count(answers)
     data = []
     for answer, seed in zip(answers, seeds, strict=True):

@@ -1,4 +1,4 @@
-"""Requests in OpenAI's shapes. A field that is not here is refused: no client believes in a setting that does nothing."""
+"""Requests in OpenAI's shapes. A field that is not here is refused: no client believes in what does nothing."""
 
 import re
 from typing import Annotated, Any, Literal
