@@ -132,7 +132,7 @@ class Gate:
         try:
             headers = dict(scope["headers"])
             self._check(scope["path"], headers)
-            await self.app(scope, self._limited(receive, headers), counted_send)
+            await self.app(scope, await self._received(receive, headers), counted_send)
         except ApiError as error:
             await error.response()(scope, receive, counted_send)
         finally:
@@ -148,35 +148,34 @@ class Gate:
             return
         if self.server.is_stopping:
             raise ApiError(503, "the server is stopping", code="stopping")
+        if self.server.running > self.server.settings.max_requests:
+            raise ApiError(429, "too many requests at once: try again in a moment", code="too_many", retry_after=1)
         key = self.server.settings.api_key
-        if key is None:
-            return
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if not hmac.compare_digest(given, key.encode()):
+        if key is not None and not hmac.compare_digest(given, key.encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
-    def _limited(self, receive, headers: dict[bytes, bytes]):
-        """`receive`, which refuses bodies that are too long or too slow."""
+    async def _received(self, receive, headers: dict[bytes, bytes]):
+        """`receive` with the whole body in it, unless that is too long or comes too slowly."""
         limit = self.server.settings.max_body_bytes
         too_long = ApiError(413, f"the body is longer than {limit} bytes", code="body_too_large")
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > limit:
             raise too_long
-        received, is_complete, deadline = 0, False, time.monotonic() + UPLOAD_SECONDS
-
-        async def limited_receive() -> dict:
-            nonlocal received, is_complete
-            if is_complete:
-                return await receive()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+        body, is_complete = bytearray(), False
+        try:
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                while not is_complete:
                     message = await receive()
-            except TimeoutError as error:
-                raise ApiError(408, f"the body took longer than {UPLOAD_SECONDS} s") from error
-            received += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if received > limit:
-                raise too_long
-            return message
+                    body += message.get("body", b"")
+                    is_complete = not message.get("more_body", False)
+                    if len(body) > limit:
+                        raise too_long
+        except TimeoutError as error:
+            raise ApiError(408, f"the body took longer than {UPLOAD_SECONDS} s") from error
+        messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
-        return limited_receive
+        async def replay() -> dict:
+            return next(messages, None) or await receive()
+
+        return replay

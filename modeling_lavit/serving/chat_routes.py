@@ -63,7 +63,7 @@ async def complete_chat(request: Request, body: ChatRequest) -> dict | Streaming
 async def _read_messages(request: Request, body: ChatRequest) -> tuple[list[dict], tuple[Image.Image, ...]]:
     """Messages as the chat template takes them, and their images in reading order."""
     server = request.app.state.server
-    parts = [part for message in body.messages for part in message.parts]
+    parts = [part for message in body.messages for part in message.content]
     check_texts(server.settings, [part.text for part in parts if isinstance(part, TextPart)], "messages")
     count = sum(isinstance(part, ImagePart) for part in parts)
     if count > server.settings.max_images:
@@ -75,7 +75,7 @@ async def _read_messages(request: Request, body: ChatRequest) -> tuple[list[dict
     conversation, images = [], []
     for i, message in enumerate(body.messages):
         blocks = []
-        for j, part in enumerate(message.parts):
+        for j, part in enumerate(message.content):
             if isinstance(part, TextPart):
                 blocks.append({"type": "text", "text": part.text})
             else:
@@ -111,7 +111,7 @@ def _writing(request: Request, body: ChatRequest, conversation: list[dict], imag
         max_tokens=max_tokens,
         temperature=body.temperature or None,
         top_p=body.top_p,
-        stops=tuple(body.stops),
+        stops=tuple(body.stop),
     )
 
 

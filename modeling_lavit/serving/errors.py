@@ -19,6 +19,7 @@ TYPES = {
     500: "server_error",
     503: "server_error",
 }
+PART_TYPES = ("text", "image_url")
 
 
 class ApiError(Exception):
@@ -55,8 +56,9 @@ class ApiError(Exception):
 def refuse_validation(error: RequestValidationError | ValidationError) -> ApiError:
     """The first thing that is wrong with a request's fields; the value itself, which may be long, is not repeated."""
     first = error.errors()[0]
-    # pydantic names the member of a union that it tried last, FastAPI the "body"
-    path = [str(part) for part in first["loc"] if part != "body" and not str(part)[:1].isupper()]
+    # FastAPI names the body, and pydantic the kind of a part behind its number
+    path = [str(part) for i, part in enumerate(first["loc"]) if i or part != "body"]
+    path = [part for i, part in enumerate(path) if not (part in PART_TYPES and path[i - 1].isdigit())]
     param = ".".join(path) or None
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")

@@ -15,6 +15,16 @@ def _number_of_form(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d{1,20}", value) else value
 
 
+def _as_parts(value: Any) -> Any:
+    """A string is one part of text."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    """A string is a list of one, and null of none."""
+    return [value] if isinstance(value, str) else value or []
+
+
 Seed = Annotated[int, BeforeValidator(_number_of_form), Field(ge=0, lt=2**63)]
 Count = Annotated[int, BeforeValidator(_number_of_form), Field(ge=1)]
 
@@ -39,7 +49,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 class Message(Schema):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[list[Part], BeforeValidator(_as_parts)]
     name: str | None = None
     # an answer of this or another server, handed back as it came
     refusal: None = None
@@ -47,11 +57,6 @@ class Message(Schema):
     audio: None = None
     function_call: None = None
     tool_calls: None = None
-
-    @property
-    def parts(self) -> list[TextPart | ImagePart]:
-        """The content as parts, also where it is one string."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class StreamOptions(Schema):
@@ -76,7 +81,7 @@ class ChatRequest(Labels):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = Field(None, max_length=256)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_list)] = Field([], max_length=16)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     size: str | None = None
@@ -93,12 +98,6 @@ class ChatRequest(Labels):
         if len(set(self.modalities)) == 2:
             return "interleaved"
         return self.modalities[0]
-
-    @property
-    def stops(self) -> list[str]:
-        """Strings at which an answer ends."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [stop for stop in stops if stop]
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "ChatRequest":

@@ -19,6 +19,7 @@ class ServeSettings(BaseModel):
         replicas: processes that hold the model. A config file's `deployments` may say so instead.
         max_batch_size: images, or answers, that one replica works on together.
         max_queue: images, or answers, that may wait for a place in a replica; more are refused with status 429.
+        max_requests: that are held at once, those still arriving included; more are refused with status 429.
         api_key: asked of every client of /v1 if given; by default that of the environment's LAVIT_API_KEY.
         allow_urls: whether images are fetched from the http(s) addresses that clients name.
         max_body_bytes: of a request.
@@ -37,6 +38,7 @@ class ServeSettings(BaseModel):
     replicas: int = Field(1, ge=1)
     max_batch_size: int = Field(16, ge=1)
     max_queue: int = Field(64, ge=0)
+    max_requests: int = Field(256, ge=1)
     api_key: str | None = Field(default_factory=lambda: os.environ.get("LAVIT_API_KEY"))
     allow_urls: bool = False
     max_body_bytes: int = Field(20_000_000, ge=1)
