@@ -11,8 +11,8 @@ import openai
 import pytest
 import requests
 import torch
-from conftest import Running
 from PIL import Image
+from running_server import Running
 
 from modeling_lavit.serving.settings import ServeSettings
 
