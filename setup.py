@@ -29,7 +29,7 @@ setup(
     license="Apache-2.0",
     # transformers 5.23 and diffusers 0.42 need it
     python_requires=">=3.11",
-    packages=["modeling_lavit", *(f"modeling_lavit.{name}" for name in SUBPACKAGES)],
+    packages=["modeling_lavit", "modeling_lavit.command_line", *(f"modeling_lavit.{name}" for name in SUBPACKAGES)],
     package_dir={"modeling_lavit": "modeling_lavit", **{f"modeling_lavit.{name}": name for name in SUBPACKAGES}},
     cmdclass={"build_py": BuildWithModelCard},
     package_data={

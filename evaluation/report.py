@@ -195,7 +195,7 @@ def mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from ..cli import check_outputs, load_pipeline
+    from ..command_line.common import check_outputs, load_pipeline
 
     parser = argparse.ArgumentParser(prog="lavit evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint folder, or repository (default: the embedded checkpoint)")

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..cli import (
+from ..command_line.common import (
     Parser,
     check_outputs,
     load_pipeline,
     load_reader,
     model_source,
     positive_number,
-    save_pictures,
+    save_images,
     seed_number,
 )
 
@@ -163,4 +163,4 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output.suffix.lower() != ".png":
         raise ValueError(f"{options.output} has not the ending .png")
     check_outputs([options.output])
-    save_pictures([options.run(options)], [options.output])
+    save_images([options.run(options)], [options.output])

@@ -11,12 +11,10 @@ if (_root / "setup.py").is_file() and (_root / "processing" / "__init__.py").is_
 from transformers import AutoModelForMultimodalLM  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
-from .autoencoder_lavit import LavitPatchAutoencoder  # noqa: E402
 from .configuration_lavit import (  # noqa: E402
     LavitConfig,
     LavitDetokenizerConfig,
     LavitVisualTokenizerConfig,
-    LavitVocabulary,
 )
 from .hub_lavit import load_without_flag, register_classes  # noqa: E402
 from .modeling_lavit import LavitForConditionalGeneration, LavitModel  # noqa: E402
@@ -25,7 +23,8 @@ from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer, LavitVisualTo
 from .pipeline_lavit import LavitPipeline  # noqa: E402
 from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
 from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
-from .unet_lavit import LavitUNet2DConditionModel  # noqa: E402
+from .small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel  # noqa: E402
+from .vocabulary_lavit import LavitVocabulary  # noqa: E402
 
 
 __version__ = "0.1.0"

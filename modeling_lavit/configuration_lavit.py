@@ -1,14 +1,14 @@
-"""Configurations of the three models, and the one home of the id vocabulary.
+"""Configurations of the three models.
 
 Defaults are the sizes of the official LaVIT-7B checkpoints (arXiv 2309.04669).
 """
-
-from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.pipelines import PIPELINE_REGISTRY
+
+from .vocabulary_lavit import LavitVocabulary
 
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -23,39 +23,6 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_lavit.LavitForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_lavit.LavitForConditionalGeneration",
 }
-
-
-@dataclass(frozen=True)
-class LavitVocabulary:
-    """What every id of the language model means: `text < [IMG] < [/IMG] < codes`.
-
-    Args:
-        text_vocab_size: number of text ids; `[IMG]` and `[/IMG]` follow right above them.
-        codebook_size: number of codes; code `k` has the id `visual_offset + k`.
-    """
-
-    text_vocab_size: int
-    codebook_size: int
-
-    @property
-    def boi_token_id(self) -> int:
-        """Id of `[IMG]`."""
-        return self.text_vocab_size
-
-    @property
-    def eoi_token_id(self) -> int:
-        """Id of `[/IMG]`."""
-        return self.text_vocab_size + 1
-
-    @property
-    def visual_offset(self) -> int:
-        """Id of code 0."""
-        return self.text_vocab_size + 2
-
-    @property
-    def size(self) -> int:
-        """Number of ids in all."""
-        return self.visual_offset + self.codebook_size
 
 
 @strict

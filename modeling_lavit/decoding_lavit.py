@@ -1,81 +1,21 @@
-"""How one id after the other is chosen: grammar of images, seeds, and the loop with batched guidance."""
+"""How one id after the other is chosen: seeds, and the loop with batched guidance."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .configuration_lavit import LavitVocabulary
 from .drafts_lavit import END, LOOKED_AT, LavitDraftIndex
+from .logits_lavit import image_state
 from .steps_lavit import can_step_plainly, grows_freely, plain_step
+from .vocabulary_lavit import LavitVocabulary
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-def image_state(input_ids: torch.LongTensor, vocabulary: LavitVocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, L) ids -> inside (B,) bool, whether a row ends within an image; opened (B,), where its last `[IMG]` is."""
-    positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-    opened = (positions * (input_ids == vocabulary.boi_token_id)).amax(1)
-    closed = (positions * (input_ids == vocabulary.eoi_token_id)).amax(1)
-    return opened > closed, opened - 1
-
-
-class LavitGrammarLogitsProcessor(LogitsProcessor):
-    """Keeps sequences well formed: `[IMG] codes [/IMG]`, with a bounded number of codes, and text around images.
-
-    Inside an image only codes and `[/IMG]` are allowed; `[/IMG]` from `min_image_tokens` codes on, and nothing else
-    after `max_image_tokens` codes or where the sequence must end. Outside, only text ids and `[IMG]`, the latter while
-    an image of the least size still fits. What is inside follows from the ids alone, so beams and batches need no
-    bookkeeping.
-
-    Args:
-        vocabulary: meaning of the ids.
-        min_image_tokens, max_image_tokens: number of codes of an image.
-        max_length: number of ids of a finished sequence, the prompt included.
-    """
-
-    def __init__(self, vocabulary: LavitVocabulary, min_image_tokens: int, max_image_tokens: int, max_length: int):
-        self.vocabulary = vocabulary
-        self.min_image_tokens = min_image_tokens
-        self.max_image_tokens = max_image_tokens
-        self.max_length = max_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        vocabulary, length = self.vocabulary, input_ids.shape[1]
-        inside, opened = image_state(input_ids, vocabulary)
-        count = (length - 1 - opened).unsqueeze(1)
-        ids = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0)
-        is_code = (ids >= vocabulary.visual_offset) & (ids < vocabulary.size)
-        is_end = ids == vocabulary.eoi_token_id
-        must_close = (count >= self.max_image_tokens) | (length + 1 >= self.max_length)
-        may_close = (count >= self.min_image_tokens) | must_close
-        in_image = (is_code & ~must_close) | (is_end & may_close)
-        image_fits = length + 2 + max(self.min_image_tokens, 1) <= self.max_length
-        in_text = ids < vocabulary.boi_token_id + int(image_fits)
-        return scores.masked_fill(~torch.where(inside.unsqueeze(1), in_image, in_text), float("-inf"))
-
-
-class LavitRangeLogitsProcessor(LogitsProcessor):
-    """Allows the ids of some ranges alone.
-
-    Args:
-        ranges: (start, stop) of each.
-    """
-
-    supports_continuous_batching = True
-
-    def __init__(self, *ranges: tuple[int, int]):
-        self.ranges = ranges
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        ids = torch.arange(scores.shape[-1], device=scores.device)
-        allowed = torch.stack([(ids >= start) & (ids < stop) for start, stop in self.ranges]).any(0)
-        return scores.masked_fill(~allowed, float("-inf"))
 
 
 def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:

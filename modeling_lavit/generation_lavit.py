@@ -11,17 +11,11 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
-from .decoding_lavit import (
-    Generators,
-    LavitDecodingLoop,
-    LavitDraw,
-    LavitGrammarLogitsProcessor,
-    LavitRangeLogitsProcessor,
-    image_state,
-)
+from .decoding_lavit import Generators, LavitDecodingLoop, LavitDraw
 from .drafts_lavit import LavitDraftMixin
+from .logits_lavit import LavitGrammarLogitsProcessor, LavitRangeLogitsProcessor, image_state
 from .modeling_lavit_visual_tokenizer import LavitVisualTokens
-from .prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from .slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
 
 
 GENERATION_MODES = ("text", "image", "interleaved")

@@ -19,7 +19,7 @@ from .configuration_lavit import LavitConfig
 from .generation_lavit import LavitGenerationMixin
 from .loading_lavit import StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitTokenMerger, LavitVisualTokenizer, LavitVisualTokens
-from .prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from .slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
 
 
 IGNORED_LABEL = -100

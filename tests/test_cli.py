@@ -24,9 +24,9 @@ from tiny import (
 
 import modeling_lavit
 from modeling_lavit import LavitPipeline
-from modeling_lavit.autoencoder_lavit import LavitPatchAutoencoder
-from modeling_lavit.cli import build_parser, main
+from modeling_lavit.command_line import build_parser, main
 from modeling_lavit.show_lavit import show_kept_patches
+from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
 
 PICTURE = str(Path(__file__).parent / "fixtures/emoji/images/noto/cat-face.png")

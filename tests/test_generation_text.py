@@ -21,7 +21,8 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_lavit.decoding_lavit import LavitGrammarLogitsProcessor, row_generators
+from modeling_lavit.decoding_lavit import row_generators
+from modeling_lavit.logits_lavit import LavitGrammarLogitsProcessor
 
 
 # --- interleaved mode ---

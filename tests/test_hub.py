@@ -35,7 +35,7 @@ from modeling_lavit import (
     LavitProcessor,
     LavitTextToImagePipeline,
 )
-from modeling_lavit.autoencoder_lavit import LavitPatchAutoencoder
+from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
 
 PROMPT = "a red apple"

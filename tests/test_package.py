@@ -17,7 +17,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import modeling_lavit
 from modeling_lavit.checkpoints import LAVIT_EMOJI
-from modeling_lavit.cli import DELEGATED, build_parser
+from modeling_lavit.command_line import DELEGATED, build_parser
 from modeling_lavit.training.run import STAGES
 
 
@@ -81,7 +81,7 @@ def test_the_wheel_has_one_import_name_and_everything_it_needs(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.startswith("lavit_hf-")} == {"modeling_lavit"}
     expected = [
-        "modeling_lavit/cli.py",
+        "modeling_lavit/command_line/main.py",
         "modeling_lavit/model_card.md",
         "modeling_lavit/processing/processing_lavit.py",
         "modeling_lavit/conversion/__init__.py",

@@ -24,7 +24,7 @@ from tiny import (
 from transformers import CLIPConfig, CLIPImageProcessorPil, pipeline
 
 from modeling_lavit import LavitPipeline, LavitVisualTokens
-from modeling_lavit.autoencoder_lavit import LavitPatchAutoencoder
+from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
 
 STEPS = 3

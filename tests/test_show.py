@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling_lavit import LavitConfig, LavitPipeline
 from modeling_lavit.checkpoints import LAVIT_EMOJI
-from modeling_lavit.cli import main
+from modeling_lavit.command_line import main
 from modeling_lavit.evaluation.curves import draw_curves, read_run, rolling_median, run_names
 from modeling_lavit.evaluation.pictures import (
     BATCH_SIZE,

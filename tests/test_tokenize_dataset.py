@@ -19,7 +19,7 @@ from datasets import load_dataset
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from modeling_lavit.cli import main
+from modeling_lavit.command_line import main
 from modeling_lavit.training.sources import load_source
 
 
@@ -189,7 +189,7 @@ def test_a_killed_process_holds_up_no_other_and_a_rerun_completes_every_row_exac
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     survivor, killed = (
         subprocess.Popen(
-            [sys.executable, "-m", "modeling_lavit.cli", "tokenize", *job],
+            [sys.executable, "-m", "modeling_lavit.command_line", "tokenize", *job],
             env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank},
             cwd=ROOT,
             stdout=subprocess.PIPE,

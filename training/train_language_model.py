@@ -25,7 +25,7 @@ from ..configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
 from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration, LavitInputs
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from ..processing import LavitImageProcessor, LavitProcessor
-from ..prompts_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from ..slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
 from .data import (
     PictureDataset,
     SampleNoise,

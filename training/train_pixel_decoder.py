@@ -18,11 +18,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import TrainerCallback
 
-from ..autoencoder_lavit import LavitPatchAutoencoder
 from ..configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerConfig
 from ..modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutput
 from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from ..unet_lavit import LavitUNet2DConditionModel
+from ..small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel
 from .data import PictureDataset, SampleNoise, augment, load_pictures, normalize_pictures, result_of
 from .distributed import ragged_mean
 from .train_visual_tokenizer import load_encoder

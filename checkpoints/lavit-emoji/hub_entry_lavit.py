@@ -1,6 +1,5 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
-from .autoencoder_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
 from .decoding_lavit import __doc__ as _
 from .denoising_lavit import __doc__ as _
@@ -10,6 +9,7 @@ from .hub_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
 from .loading_lavit import __doc__ as _
+from .logits_lavit import __doc__ as _
 from .model_card_lavit import __doc__ as _
 from .modeling_lavit import __doc__ as _
 from .modeling_lavit_detokenizer import __doc__ as _
@@ -18,8 +18,10 @@ from .pipeline_lavit import __doc__ as _
 from .pipeline_text_to_image import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
+from .slots_lavit import __doc__ as _
+from .small_decoder_lavit import __doc__ as _
 from .steps_lavit import __doc__ as _
-from .unet_lavit import __doc__ as _
+from .vocabulary_lavit import __doc__ as _
 from .modeling_lavit import LavitForConditionalGeneration
 from .modeling_lavit import LavitModel
 from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer
@@ -27,8 +29,8 @@ from .modeling_lavit_detokenizer import LavitDetokenizer
 from .image_processing_lavit import LavitImageProcessor
 from .processing_lavit import LavitProcessor
 from .pipeline_lavit import LavitPipeline
-from .unet_lavit import LavitUNet2DConditionModel
-from .autoencoder_lavit import LavitPatchAutoencoder
+from .small_decoder_lavit import LavitUNet2DConditionModel
+from .small_decoder_lavit import LavitPatchAutoencoder
 from .hub_lavit import register_classes
 
 

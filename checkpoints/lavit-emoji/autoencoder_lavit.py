@@ -1,1 +1,0 @@
-../../modeling_lavit/autoencoder_lavit.py

@@ -1,0 +1,1 @@
+../../../modeling_lavit/vocabulary_lavit.py

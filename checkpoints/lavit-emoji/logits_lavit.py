@@ -1,0 +1,1 @@
+../../modeling_lavit/logits_lavit.py

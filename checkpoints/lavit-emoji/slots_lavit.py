@@ -1,0 +1,1 @@
+../../modeling_lavit/slots_lavit.py

@@ -1,0 +1,1 @@
+../../modeling_lavit/small_decoder_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/unet_lavit.py
