@@ -21,7 +21,7 @@ def score_captions(
 ) -> tuple[dict[str, float], dict[Id, dict[str, float]]]:
     """Scores one caption an image against its references.
 
-    CIDEr's document frequencies are those of these references: a part of a data set gives other numbers than the whole.
+    CIDEr's document frequencies are those of these references: a part of a data set gives other numbers than all.
 
     Args:
         predictions: image id to caption.
@@ -93,9 +93,7 @@ def cider(candidates: list[list[str]], references: list[list[list[str]]]) -> lis
     return scores
 
 
-def bleu(
-    candidates: list[list[str]], references: list[list[list[str]]]
-) -> tuple[list[float], list[list[float]]]:
+def bleu(candidates: list[list[str]], references: list[list[list[str]]]) -> tuple[list[float], list[list[float]]]:
     """BLEU-1…4 of the whole and of each image; the reference closest in length counts, the shorter of two."""
     tiny, small = 1e-15, 1e-9  # the program's, against division by zero
 

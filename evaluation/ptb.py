@@ -82,11 +82,12 @@ FILE_NAME = (
     rf"{LETTERS}(?:\.{LETTERS})*\.(?i:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp[34g]|"
     r"pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav|x|xml|zip|3gp|wm[va]|avi|flv)"
 )
-SITE = (
-    r"(?:www\.(?:[^\s\"<>|.!?(){},]+\.)+[A-Za-z]{2,4}|(?:[^\s\"`'“”‘’<>|.!?(){},\-_$/]+\.)+(?:com|net|org|edu))"
-)
+SITE = r"(?:www\.(?:[^\s\"<>|.!?(){},]+\.)+[A-Za-z]{2,4}|(?:[^\s\"`'“”‘’<>|.!?(){},\-_$/]+\.)+(?:com|net|org|edu))"
 PHONE = r"(?:\(\d{2,3}\)[  ]?|(?:\+\+?)?(?:\d{2,4}[-  ])?\d{2,4}[-  ])\d{3,4}[-  ]?\d{3,5}"
-SYMBOLS = "!-@\\[-`{-~\x80\x91-\x94\x96\x97¡-¬®-¿×÷\u2013-\u201e\u2020-\u2023\u2026\u2030-\u203b\u20ac\u2100-\u214f\u2190-\u2bff"
+SYMBOLS = (
+    "!-@\\[-`{-~\x80\x91-\x94\x96\x97¡-¬®-¿×÷\u2013-\u201e\u2020-\u2023\u2026\u2030-\u203b\u20ac"
+    "\u2100-\u214f\u2190-\u2bff"
+)
 SMILEY = r"[<>]?[:;=]['^]?[-o*']?(?:[()DPdpO\[\]{@|\\](?![^\W_]))"
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&apos;": "'", "&nbsp;": ""}
 # what is taken, and what must follow it
@@ -129,7 +130,7 @@ RULES = [
     (rf"[{SYMBOLS}]", ""),
 ]
 COMPILED = [re.compile(f"({token})(?:{ahead})") for token, ahead in RULES]
-PLAIN = re.compile(rf"([^\W\d_]{{2,}})(?=\s|$)")
+PLAIN = re.compile(rf"({LETTER}{{2,}})(?=\s|$)")
 
 NORMALIZED = {
     **ENTITIES,
@@ -156,7 +157,6 @@ NORMALIZED = {
     "}": "-rcb-",
     "\xad": "-",
 }
-
 
 
 def _tokens(text: str) -> Iterator[tuple[int, str]]:
