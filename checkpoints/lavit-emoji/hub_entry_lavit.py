@@ -20,7 +20,6 @@ from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
 from .slots_lavit import __doc__ as _
 from .small_decoder_lavit import __doc__ as _
-from .steps_lavit import __doc__ as _
 from .vocabulary_lavit import __doc__ as _
 from .modeling_lavit import LavitForConditionalGeneration
 from .modeling_lavit import LavitModel
