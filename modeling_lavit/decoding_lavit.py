@@ -99,6 +99,7 @@ class LavitDecodingState:
         return values.new_zeros(len(self.sequences), *values.shape[1:]).index_copy_(0, self.active, values)
 
     def record(self, logits: torch.Tensor, scores: torch.Tensor) -> None:
+        """`logits` (streams, V), with guidance [conditional; unconditional]; `scores` (rows, V)."""
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -248,7 +249,7 @@ class LavitDecodingLoop:
         for position in range(all_logits.shape[1]):
             scores = state.spread(self._guide(all_logits[:, position], state))
             scores = logits_processor(state.sequences, scores)
-            state.record(all_logits[: len(state.sequences), position], scores)
+            state.record(all_logits[:, position], scores)
             ids = self._choose(scores, state, generation_config.do_sample)
             if self.streamer is not None:
                 self.streamer.put(ids.cpu())

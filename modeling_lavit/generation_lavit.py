@@ -46,6 +46,8 @@ GENERATION_PRESETS: dict[str, dict[str, Any]] = {
         "draft_length": 8,
     },
 }
+# what a preset may hold for LavitPipeline alone
+PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "draft_length")
 
 
@@ -136,7 +138,7 @@ class LavitGenerationMixin(LavitTokenOutputMixin, LavitDraftMixin, GenerationMix
         )
         drawing = generation_mode != "text"
         preset = self._preset(generation_preset or ("image" if drawing else None))
-        defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS}
+        defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS + PIPELINE_SETTINGS}
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
         scales = (guidance_scale, config.guidance_scale, defaults["guidance_scale"], 1.0)
         guidance_scale = next(scale for scale in scales if scale is not None)

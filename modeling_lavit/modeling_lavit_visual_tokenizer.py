@@ -46,13 +46,15 @@ class LavitVisualTokens(ModelOutput):
         """The opposite of [`split`]: from the codes of each image.
 
         Raises:
-            ValueError: there is no row, or one is not 1-D.
+            ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.
         """
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-        if not rows or any(row.ndim != 1 for row in rows):
+        rows = [torch.as_tensor(row) for row in rows]
+        if not rows or any(row.ndim != 1 or row.is_floating_point() or not len(row) for row in rows):
             raise ValueError(
-                "visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes for each image"
+                "visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes, one at least, for each "
+                "image"
             )
+        rows = [row.long() for row in rows]
         return cls(codes=torch.cat(rows), lengths=torch.tensor([len(row) for row in rows]))
 
 
