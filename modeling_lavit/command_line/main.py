@@ -24,10 +24,10 @@ Pictures are files (first frame of an animation) or http(s) addresses. Every sub
 Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where they come from.
 """
 
-# subcommand -> (module with main(arguments), help)
+# subcommand -> (module with main(arguments), help); a name with a dot in front is of this package
 DELEGATED = {
     "train": ("modeling_lavit.training.run", "train one stage from its recipe file"),
-    "evaluate": ("modeling_lavit.evaluation.report", "score a checkpoint on an image folder"),
+    "evaluate": (".evaluate", "score captions, answers, drawings, visual tokens; of a model or from files"),
     "show": ("modeling_lavit.evaluation.show", "show training curves, codes, kept patches, reconstructions"),
     "convert": (
         "modeling_lavit.conversion.__main__",
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         if arguments and arguments[0] in DELEGATED:
-            return importlib.import_module(DELEGATED[arguments[0]][0]).main(arguments[1:]) or 0
+            return importlib.import_module(DELEGATED[arguments[0]][0], __package__).main(arguments[1:]) or 0
         options = build_parser().parse_args(arguments)
         options.run(options)
     except KeyboardInterrupt:
