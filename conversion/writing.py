@@ -34,6 +34,7 @@ class Plan:
         shapes: the same on the meta device, with the shapes and types as they will be written.
         folder: where they go, relative to the converted folder.
         stem: of the files, "model" or "diffusion_pytorch_model".
+        official_name: of one of our names, for messages.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Plan:
     shapes: StateDict
     folder: str
     stem: str
+    official_name: Callable[[str], str] = str
 
     @property
     def num_bytes(self) -> int:
@@ -59,10 +61,9 @@ def plan_weights(
     """Checks that the weights are exactly those that a model has.
 
     Args:
-        name, read, folder, stem: see [`Plan`].
+        name, read, folder, stem, official_name: see [`Plan`].
         target: the state dict of our model, on the meta device.
         dtype: that floating-point weights are written in, but for codebooks; `None` keeps each as it is.
-        official_name: of one of our names, for messages.
 
     Raises:
         ValueError: a weight is missing, has no place in the model, or has another shape.
@@ -82,11 +83,16 @@ def plan_weights(
     if wrong:
         raise ValueError(f"{name}: weights have other shapes than the configuration says: {name_some(wrong)}")
     shapes = {key: torch.empty_like(_cast(key, weights[key], dtype, "meta")) for key in target}
-    return Plan(name, read, shapes, folder, stem)
+    return Plan(name, read, shapes, folder, stem, official_name)
 
 
 def write_weights(plan: Plan, root: Path, progress: tqdm):
-    """Writes `plan`'s weights below `root` as safetensors, with an index where there are several files."""
+    """Writes `plan`'s weights below `root` as safetensors, with an index where there are several files.
+
+    Raises:
+        OSError: they cannot be written.
+        ValueError: a weight is not finite, or not any more in the type that it is written in.
+    """
     folder = root / plan.folder
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
@@ -106,6 +112,7 @@ def write_weights(plan: Plan, root: Path, progress: tqdm):
         tensors = {}
         for key in keys:
             tensors[key] = _cast(key, weights[key], plan.shapes[key].dtype, "cpu").contiguous()
+            _check_finite(plan, key, weights[key], tensors[key])
             progress.update(tensors[key].nbytes)
         del weights
         _save(tensors, folder / name)
@@ -156,6 +163,15 @@ def whole_folder(output: Path) -> Iterator[Path]:
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None, device: str) -> torch.Tensor:
     keep = dtype is None or not tensor.is_floating_point() or FULL_PRECISION in key
     return tensor.to(device, tensor.dtype if keep else dtype, copy=True)
+
+
+def _check_finite(plan: Plan, key: str, source: torch.Tensor, written: torch.Tensor):
+    if written.isfinite().all():
+        return
+    name = f"{plan.name}: {plan.official_name(key)}"
+    if source.isfinite().all():
+        raise ValueError(f"{name} has values that {written.dtype} cannot hold: take --dtype bfloat16 or float32")
+    raise ValueError(f"{name} holds NaN or infinite values: download the weights again")
 
 
 def _save(tensors: StateDict, path: Path):

@@ -2,10 +2,12 @@
 
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig
@@ -61,16 +63,19 @@ class StrictLoadingMixin:
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _check_weights(cls, source, accept_mismatched: bool, config=None, variant: str | None = None, **kwargs) -> None:
+    def _check_weights(
+        cls, source, accept_mismatched: bool, config=None, variant: str | None = None, **kwargs
+    ) -> None:
         """Compares the shapes in the weights' headers with those of a model on the meta device."""
         where = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         shapes = read_shapes(weight_files(source, variant, **where), source)
         if shapes is None or kwargs.pop("quantization_config", None):
             return
         if not isinstance(config, PreTrainedConfig):
-            config, _ = cls.config_class.from_pretrained(
-                config or source, return_unused_kwargs=True, **where, **kwargs
-            )
+            config = config or source
+            read_json_object(cached_file(str(config), "config.json", **where))
+            with said_of(f"config.json of {config}"):
+                config, _ = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **where, **kwargs)
         if getattr(config, "quantization_config", None):
             return
         model = build_on_meta(lambda: cls(config), config.to_dict(), len(shapes), source)
@@ -189,11 +194,25 @@ def build_on_meta(build: Callable[[], nn.Module], config: dict, num_weights: int
     for name, depth in _depths(config):
         if depth > num_weights:
             raise ValueError(f"{source}: the configuration says {name}={depth}, but there are {num_weights} weights")
+    with said_of(f"{source}: no model can be built from the configuration"), torch.device("meta"):
+        return build()
+
+
+@contextmanager
+def said_of(what: str) -> Iterator[None]:
+    """Whatever a library makes of a damaged or malicious file becomes a `ValueError` in one line, `what` in front."""
     try:
-        with torch.device("meta"):
-            return build()
-    except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{source}: no model can be built from the configuration: {error}") from error
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{what}: {reason or type(error).__name__}") from error
 
 
 def wrong_shapes(expected: Shapes, found: Shapes) -> list[tuple]:
