@@ -2,37 +2,42 @@
 
     config.json model.safetensors tokenizer.json processor_config.json ...   transformers' files
     model_index.json detokenizer/ unet/ vae/ scheduler/                      diffusers' files
-    *.py                                                                     the code, flat
+    lavit_transformers.py lavit_diffusers.py                                 the code, generated
     README.md                                                                the model card
 
 How the code is found. transformers reads `auto_map` (and `custom_pipelines`) of its config files. diffusers runs the
-entry file that `model_index.json` names. That file imports every other one, because diffusers copies only what it
-imports, and makes the classes known to both libraries under their own names, as importing the package does. So no code
-is needed in the components' folders, and the model and the processor can stay at the root.
+file that `model_index.json` names, which makes the classes known to both libraries under their own names, as importing
+the package does. So no code is needed in the components' folders, and the model and the processor stay at the root.
 """
 
-import importlib
 import json
 import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
 import transformers
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from transformers.dynamic_module_utils import custom_object_save
+
+from .atomic_lavit import replaced_together
+from .loading_lavit import HUB_OPTIONS
+from .pushing_lavit import push_folder
+from .saving_lavit import (
+    DIFFUSERS_CODE,
+    GENERATION_AUTO_CLASSES,
+    copy_own_class,
+    file_of,
+    is_ours,
+    name_classes,
+    publisher,
+    write_card,
+    write_code,
+)
 
 
 # components that live in the folder itself, not in a folder of their own
 AT_ROOT = ("processor", "model")
-ENTRY = "hub_entry_lavit"
-CARD = "model_card_lavit"
-GENERATION_AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
 TEXT_TO_IMAGE = {
-    "impl": "pipeline_text_to_image.LavitTextToImagePipeline",
+    "impl": f"{DIFFUSERS_CODE}.LavitTextToImagePipeline",
     "pt": ["AutoModelForMultimodalLM"],
     "type": "multimodal",
 }
