@@ -35,7 +35,7 @@ class ClipScorer:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], texts: Sequence[str]) -> torch.Tensor:
-        """The CLIP score of each pair, max(100 cos, 0), (B,) float32 (Hessel et al. 2021, scaled as torchmetrics does).
+        """The CLIP score of each pair, max(100 cos, 0), (B,) float32, as torchmetrics has it.
 
         Args:
             images, texts: as many of each; texts are cut at the length that the model takes.

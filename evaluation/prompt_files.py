@@ -2,10 +2,10 @@
 
 | suite | prompts | folder |
 |---|---|---|
-| geneval | `evaluation_metadata.jsonl`: objects with `prompt`, `tag` | `00000/metadata.jsonl`, `00000/samples/0000.png` |
+| geneval | `evaluation_metadata.jsonl`: rows with `prompt`, `tag` | `00000/metadata.jsonl`, `00000/samples/0000.png` |
 | dpg | a folder of `*.txt`, a prompt each | `<stem>.png`, a grid of two by two |
 | t2i-compbench | a text file, a prompt a line | `samples/<prompt>_000000.png`, numbered over all |
-| coco | captions of COCO in any form, or rows with an id and a caption (JSON, JSON Lines, CSV) | `<id>.png`, `ids.txt` |
+| coco | captions of COCO, or rows with an id and a caption (JSON, JSON Lines, CSV) | `<id>.png`, `ids.txt` |
 """
 
 import json
@@ -23,7 +23,7 @@ ID_KEYS, TEXT_KEYS = ("image_id", "id", "img_id"), ("caption", "prompt", "text")
 
 @dataclass
 class DrawingPrompt:
-    """One prompt: its id, and the files of its images relative to the output; several images in one file are a grid."""
+    """One prompt: its id, and its images' files below the folder; several images in one file are a grid."""
 
     id: str
     text: str

@@ -1,18 +1,22 @@
 """`lavit evaluate tokens`: how many visual tokens the images of a folder become, and what they keep of them."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import AutoConfig
 
 from modeling_lavit.command_line.common import load_pipeline, load_reader, model_source
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
 
+from .files import read_json
 from .images import to_tensor
 from .reading import open_images
 from .results import hash_ids, versions, write_results
+from .run import choose
 
 
 class TokenWorker:
@@ -81,12 +85,12 @@ class TokenWorker:
 
 
 def compare_pixels(image: Image.Image, drawn: Image.Image) -> dict[str, float]:
-    """PSNR in dB and SSIM of a reconstruction, at its own size."""
+    """PSNR in dB, at most 100, and SSIM of a reconstruction, at its own size."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
     target, other = to_tensor(image, drawn.size)[None], to_tensor(drawn, drawn.size)[None]
     return {
-        "psnr": float(peak_signal_noise_ratio(other, target, data_range=1.0)),
+        "psnr": min(100.0, float(peak_signal_noise_ratio(other, target, data_range=1.0))),
         "ssim": float(structural_similarity_index_measure(other, target, data_range=1.0)),
     }
 
@@ -110,6 +114,35 @@ def token_items(images: str | Path) -> list[dict]:
         {"key": name, "image": str(path), "number": number}
         for number, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
+
+
+def evaluate_tokens(
+    images: str | Path,
+    output: str | Path,
+    model: str,
+    limit: int | None = None,
+    seed: int = 0,
+    run_model: Callable | None = None,
+) -> dict | None:
+    """Tokenizes the images of a folder, and says what became of them.
+
+    Args:
+        images: the folder.
+        output: folder of the evaluation.
+        model: the checkpoint that `run_model` uses.
+        limit, seed, run_model: see [`evaluate_captions`].
+
+    Raises:
+        ValueError, OSError: there are no images, or none can be read.
+    """
+    items = choose(token_items(images), limit, seed)
+    settings = {"images": str(images), "limit": limit, "seed": seed}
+    rows = run_model(output, settings | {"samples": hash_ids(item["key"] for item in items)}, items)
+    if rows is None:
+        return None
+    config = AutoConfig.from_pretrained(model).visual_config
+    settings = read_json(Path(output) / "settings.json")
+    return summarize_tokens(Path(output), rows, settings, config.num_patches, config.codebook_size)
 
 
 def summarize_tokens(output: Path, rows: list[dict], settings: dict, num_patches: int, codebook_size: int) -> dict:
@@ -176,7 +209,9 @@ def draw_curve(results: dict, path: Path) -> None:
     axes.plot([point["mean_length"] for point in curve], [point["feature_cosine"] for point in curve], marker="o")
     axes.plot([results["mean_length"]], [results["feature_cosine"]], marker="*", markersize=14, linestyle="none")
     for point in curve:
-        axes.annotate(f"{point['share']:.0%}", (point["mean_length"], point["feature_cosine"]), (4, -10), "data", "offset points")
+        axes.annotate(
+            f"{point['share']:.0%}", (point["mean_length"], point["feature_cosine"]), (4, -10), "data", "offset points"
+        )
     axes.legend(["share kept, best patches first", "the checkpoint's selector"])
     axes.set(xlabel="visual tokens an image", ylabel="cosine of decoded features")
     figure.savefig(path)
