@@ -25,6 +25,9 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
+# not from `transformers` itself: before 5.18 that name needs torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
 
 # components that live in the folder itself, not in a folder of their own
 AT_ROOT = ("processor", "model")
@@ -52,9 +55,7 @@ def register_classes(
     for auto_class in GENERATION_AUTO_CLASSES:
         getattr(transformers, auto_class).register(config_class, generation_model, exist_ok=True)
     generation_model.register_for_auto_class(GENERATION_AUTO_CLASSES[0])
-    transformers.AutoImageProcessor.register(
-        config_class, image_processor_classes={"pil": image_processor}, exist_ok=True
-    )
+    AutoImageProcessor.register(config_class, image_processor_classes={"pil": image_processor}, exist_ok=True)
     transformers.AutoProcessor.register(config_class, processor, exist_ok=True)
     image_processor.register_for_auto_class()
     processor.register_for_auto_class()
