@@ -146,8 +146,6 @@ class LavitConfig(PreTrainedConfig):
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
             no pictures. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
-        num_draft_ids: size of the list of pictures that are known as codes, see
-            [`LavitForConditionalGeneration.set_draft_codes`], which sets it.
     """
 
     model_type = "lavit"
@@ -159,7 +157,6 @@ class LavitConfig(PreTrainedConfig):
     share_understanding_merger: bool = False
     generation_only: bool = False
     tie_word_embeddings: bool = False
-    num_draft_ids: int = 0
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -183,6 +180,41 @@ class LavitConfig(PreTrainedConfig):
                 f"text_config.vocab_size is {self.text_config.vocab_size}, but {self.text_vocab_size} text ids, "
                 f"[IMG], [/IMG] and {self.visual_config.codebook_size} codes need {needed}"
             )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding of the matrices included: the language model's."""
+        return self.text_config.vocab_size
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `[IMG]`, which opens every image."""
+        return self.vocabulary.boi_token_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The language model's, as are `bos_token_id` and `eos_token_id`; trainers set them."""
+        return self.text_config.pad_token_id
+
+    @pad_token_id.setter
+    def pad_token_id(self, value: int | None) -> None:
+        self.text_config.pad_token_id = value
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.text_config.bos_token_id
+
+    @bos_token_id.setter
+    def bos_token_id(self, value: int | None) -> None:
+        self.text_config.bos_token_id = value
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        return self.text_config.eos_token_id
+
+    @eos_token_id.setter
+    def eos_token_id(self, value: int | list[int] | None) -> None:
+        self.text_config.eos_token_id = value
 
     @property
     def vocabulary(self) -> LavitVocabulary:
