@@ -3,6 +3,8 @@
 Defaults are the sizes of the official LaVIT-7B checkpoints (arXiv 2309.04669).
 """
 
+from .compat_lavit import ALLOWED_VERSIONS as _  # noqa: F401  # isort: skip  (first: it checks the versions)
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY

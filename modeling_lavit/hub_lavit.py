@@ -25,8 +25,7 @@ import transformers
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
-# not from `transformers` itself: before 5.18 that name needs torchvision
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from .compat_lavit import AutoImageProcessor
 
 
 # components that live in the folder itself, not in a folder of their own
