@@ -46,6 +46,8 @@ GENERATION_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "draft_length")
+# of a preset, for LavitPipeline alone
+PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 
 
 @dataclass
@@ -142,7 +144,7 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         if generation_mode == "image" and "max_length" in kwargs:
             raise ValueError("in image mode max_image_tokens limits the length, not max_length")
         preset = self._preset(generation_preset or ("image" if drawing else None))
-        defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS}
+        defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS + PIPELINE_SETTINGS}
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
         scales = (guidance_scale, config.guidance_scale, defaults["guidance_scale"], 1.0)
         guidance_scale = next(scale for scale in scales if scale is not None)

@@ -273,8 +273,8 @@ def model_card(model, pipe=None, notice: str | None = None, lowres: bool = False
         facts = {
             "height": pipe.default_size[0],
             "width": pipe.default_size[1],
-            "steps": pipe.config.default_num_inference_steps,
-            "aspect_ratios": ", ".join(pipe.config.aspect_ratios),
+            "steps": pipe.defaults.num_inference_steps,
+            "aspect_ratios": ", ".join(pipe.defaults.aspect_ratios),
         }
     return ModelCard.from_template(
         ModelCardData(

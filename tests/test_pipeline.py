@@ -290,15 +290,15 @@ def test_height_and_width_in_pixels_and_listed_aspect_ratios():
 def test_a_decoder_of_the_official_size_offers_the_official_aspect_ratios(highres):
     unet = tiny_unet()
     unet.register_to_config(sample_size=512)
-    assert make_pipe(unet=unet).config.aspect_ratios == {
-        "1:1": [1024, 1024],
-        "4:3": [896, 1152],
-        "3:2": [832, 1216],
-        "16:9": [768, 1344],
-        "2:3": [1216, 832],
-        "3:4": [1152, 896],
+    assert make_pipe(unet=unet).defaults.aspect_ratios == {
+        "1:1": (1024, 1024),
+        "4:3": (896, 1152),
+        "3:2": (832, 1216),
+        "16:9": (768, 1344),
+        "2:3": (1216, 832),
+        "3:4": (1152, 896),
     }
-    assert highres.config.aspect_ratios == {"1:1": [16, 16]}
+    assert highres.defaults.aspect_ratios == {"1:1": (16, 16)}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_decoder_of_the_official_size_offers_the_official_aspect_ratios(highre
         ({"prompt": ""}, "prompt 0 is empty"),
         ({"prompt": ["a", "  "]}, "prompt 1 is empty"),
         ({"prompt": []}, "non-empty list"),
-        ({"prompt": 3}, "must be a string, a picture"),
+        ({"prompt": 3}, "must be a string, an image"),
         ({"prompt": ["a", 3]}, "prompt 0 holds int"),
         ({"prompt": [["a"], "b"]}, "prompt 0 holds list"),
         ({"prompt": "a", "aspect_ratio": "16:9"}, r"must be one of \['1:1'\], got '16:9'"),
