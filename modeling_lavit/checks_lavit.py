@@ -55,6 +55,18 @@ def check_size(height: int | None, width: int | None, aspect_ratio: str | None, 
             raise ValueError(f"{name} must be a positive multiple of {multiple}, got {size!r}")
 
 
+def check_scheduler(scheduler, num_inference_steps: int):
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
+        raise ValueError(f"{name} is no scheduler of Stable Diffusion: take one of pipe.scheduler.compatibles")
+    # its first steps are of Runge-Kutta's method, of four
+    if scheduler.config.get("skip_prk_steps") is False and num_inference_steps < 4:
+        raise ValueError(
+            f"{name} needs 4 num_inference_steps or more, got {num_inference_steps}: for fewer give it "
+            "skip_prk_steps=True"
+        )
+
+
 def check_interval(interval: tuple[float, float]):
     start, stop = interval
     if not 0 <= start < stop <= 1:

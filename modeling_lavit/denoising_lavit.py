@@ -37,7 +37,7 @@ class LavitDenoiser(StableDiffusionXLPipeline):
         return denoiser
 
     def __getattr__(self, name: str):
-        if "_pipeline" in self.__dict__ and not name.startswith("_"):
+        if "_pipeline" in self.__dict__ and not name.startswith("_") and not hasattr(type(self), name):
             return getattr(self._pipeline, name)
         return super().__getattr__(name)
 

@@ -24,6 +24,7 @@ from .checks_lavit import (
     check_names,
     check_output_type,
     check_scale,
+    check_scheduler,
     check_size,
 )
 from .defaults_lavit import LavitDefaults, read_defaults, store_defaults
@@ -250,6 +251,7 @@ class LavitPipeline(
         check_size(height, width, aspect_ratio, self.defaults.aspect_ratios, max(8, self.vae_scale_factor))
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_count("num_inference_steps", num_inference_steps)
+        check_scheduler(self.scheduler, num_inference_steps)
         check_scale("decoder_guidance_scale", decoder_guidance_scale, "up to 1 means none")
         check_scale("guidance_rescale", guidance_rescale, "0 means none")
         check_interval(decoder_guidance_interval)
