@@ -362,6 +362,66 @@ def test_lora_on_the_unet_loads_and_scales(tmp_path):
     assert torch.equal(latents_of(pipe, visual_tokens=codes(5), generator=seeded(0)), plain)
 
 
+def test_adapters_of_the_unet_are_weighted_fused_and_unfused():
+    pipe = tiny_pipeline()
+
+    def draw(**kwargs):
+        return latents_of(pipe, visual_tokens=codes(5), generator=seeded(0), **kwargs)
+
+    plain = draw()
+    for name in ("style", "colour"):
+        config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        pipe.unet.add_adapter(config, adapter_name=name)
+    pipe.set_adapters(["style", "colour"], [0.3, 0.6])
+    assert pipe.get_list_adapters() == {"unet": ["style", "colour"]}
+    both = draw()
+    pipe.set_adapters("style", 0.3)
+    style = draw()
+    assert not torch.allclose(style, plain) and not torch.allclose(style, both)
+    pipe.fuse_lora(adapter_names=["style"])
+    assert pipe.num_fused_loras == 1
+    torch.testing.assert_close(draw(), style, atol=1e-4, rtol=1e-4)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(draw(), style, atol=1e-4, rtol=1e-4)
+    pipe.disable_lora()
+    torch.testing.assert_close(draw(), plain)
+    pipe.delete_adapters(["style", "colour"])
+    assert torch.equal(draw(), plain)
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_slicing_and_tiling_of_the_vae_are_switched_on_the_pipeline(patches):
+    parts = {}
+    if patches:
+        vae = LavitPatchAutoencoder(patch_size=2, latent_channels=12, block_out_channels=(1, 1))
+        torch.nn.init.orthogonal_(vae.components)
+        vae.tile_latent_min_size = 5
+        parts = {"vae": vae, "unet": tiny_unet(channels=12), "scheduler": tiny_scheduler("sample")}
+    pipe = tiny_pipeline(**parts)
+
+    def draw():
+        settings = {"num_inference_steps": 1, "height": 32, "width": 24, "output_type": "pt"}
+        return pipe(visual_tokens=codes(3, 4), generator=seeded(0), **settings).images
+
+    whole = draw()
+    pipe.enable_vae_slicing()
+    sliced = draw()
+    torch.testing.assert_close(sliced, whole)
+    pipe.disable_vae_slicing()
+    pipe.enable_vae_tiling()
+    assert pipe.vae.use_tiling and not pipe.vae.use_slicing
+    tiled = draw()
+    assert tiled.shape == whole.shape
+    if patches:  # patches are independent of each other
+        torch.testing.assert_close(tiled, whole)
+        images = torch.randn(2, 3, 32, 24, generator=seeded(1))
+        encoded = pipe.vae.encode(images).latent_dist.mode()
+        pipe.disable_vae_tiling()
+        torch.testing.assert_close(encoded, pipe.vae.encode(images).latent_dist.mode())
+    pipe.disable_vae_tiling()
+    assert torch.equal(draw(), whole)
+
+
 def test_offload_and_slicing_change_no_result(pipe):
     fresh = tiny_pipeline(pipe.detokenizer.config.variant)
     wanted = pipe(["a cat", "dogs"], generator=[seeded(0), seeded(1)], output_type="pt").images
