@@ -125,8 +125,10 @@ def as_visual_tokens(visual_tokens: LavitVisualTokens | Sequence) -> LavitVisual
         for i, row in enumerate(rows):
             if row.numel() and (row.is_floating_point() or row.is_complex() or row.dtype == torch.bool):
                 raise ValueError(f"visual_tokens of image {i} must be codes, whole numbers, got {row.dtype}")
-        visual_tokens = LavitVisualTokens.join(rows)
-    empty = (visual_tokens.lengths < 1).nonzero().flatten().tolist()
+        lengths = [row.numel() for row in rows]
+    else:
+        lengths = visual_tokens.lengths.tolist()
+    empty = [i for i, length in enumerate(lengths) if length < 1]
     if empty:
         raise ValueError(f"images {empty} have no visual tokens: each needs one code or more")
-    return visual_tokens
+    return visual_tokens if isinstance(visual_tokens, LavitVisualTokens) else LavitVisualTokens.join(rows)

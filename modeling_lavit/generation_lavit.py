@@ -47,7 +47,6 @@ GENERATION_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # what a preset may hold for LavitPipeline alone
-PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "draft_length")
 # of a preset, for LavitPipeline alone
 PIPELINE_SETTINGS = ("multimodal_guidance_scale",)

@@ -16,7 +16,7 @@ from .layers_lavit import LavitLayer, eager_attention_forward
 from .loading_lavit import StrictLoadingMixin
 
 
-# Added to the logits of padding.
+# Added to the logits of padding: finite, as in the reference, whose image without codes attends to padding alone.
 PADDING_LOGIT = -10000.0
 
 
@@ -117,19 +117,17 @@ class LavitDetokenizer(StrictLoadingMixin, PreTrainedModel):
         for name, values in (("codes", codes), ("lengths", lengths)):
             if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
                 raise ValueError(f"{name} must be whole numbers, got {values.dtype}")
-        if lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1:
-            raise ValueError(f"lengths must be one an image, each from 1 on, got {lengths.tolist()}")
         if codes.ndim != 1 or int(lengths.sum()) != len(codes):
             raise ValueError(f"codes must be packed, {int(lengths.sum())} by lengths, got {tuple(codes.shape)}")
         longest = int(lengths.max())
         if longest > self.config.num_queries:
             raise ValueError(f"an image has {longest} codes, but at most {self.config.num_queries} can be decoded")
-        if not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
+        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
             raise ValueError(
                 f"codes must be in 0 … {self.config.codebook_size - 1}, got {int(codes.min())} … {int(codes.max())}; "
                 "ids of the language model have the visual offset added"
             )
-        mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        mask = torch.arange(max(longest, 1), device=lengths.device) < lengths[:, None]
         found = self.codebook(codes)
         vectors = found.new_zeros(*mask.shape, self.config.codebook_dim)
         vectors[mask] = found
@@ -164,6 +162,8 @@ class LavitDetokenizer(StrictLoadingMixin, PreTrainedModel):
             ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or
                 lengths that do not fit.
         """
+        if lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1:
+            raise ValueError(f"lengths must be one an image, each from 1 on, got {lengths.tolist()}")
         return self.conditions(self.decode(*self.pad(codes, lengths)))
 
     def unconditional(self, batch_size: int, device: torch.device | None = None) -> LavitDetokenizerOutput:

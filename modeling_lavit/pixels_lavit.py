@@ -10,6 +10,20 @@ from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 class LavitPixelsMixin:
     """What stands before and behind the denoising loop."""
 
+    def enable_vae_slicing(self):
+        """The VAE decodes one image after the other: less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self):
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self):
+        """The VAE decodes images part by part: less memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self):
+        self.vae.disable_tiling()
+
     def encode_visual_tokens(
         self, visual_tokens: LavitVisualTokens, num_images_per_prompt: int = 1
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:

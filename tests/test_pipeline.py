@@ -280,7 +280,7 @@ def test_a_decoder_of_the_official_size_offers_the_official_aspect_ratios(highre
         ({"visual_tokens": codes(3), "generator": [seeded(0)] * 2}, "1 images are drawn, but 2 generators"),
         ({"visual_tokens": codes(3, NUM_PATCHES + 1)}, "17 codes"),
         ({"visual_tokens": [torch.tensor([CODEBOOK_SIZE])]}, "codes must be in"),
-        ({"visual_tokens": []}, "a 1-D tensor of codes for each image"),
+        ({"visual_tokens": []}, "a 1-D tensor of codes"),
         ({"visual_tokens": codes(3), "top_k": 3}, "top_k"),
         ({"prompt": "a", "max_image_tokens": NUM_PATCHES + 1}, "takes 16 visual tokens at most"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["x"]}, "callback_on_step_end_tensor_inputs"),
@@ -384,9 +384,9 @@ def test_adapters_of_the_unet_are_weighted_fused_and_unfused():
     pipe.unfuse_lora()
     torch.testing.assert_close(draw(), style, atol=1e-4, rtol=1e-4)
     pipe.disable_lora()
-    torch.testing.assert_close(draw(), plain)
+    torch.testing.assert_close(draw(), plain, atol=1e-4, rtol=1e-4)
     pipe.delete_adapters(["style", "colour"])
-    assert torch.equal(draw(), plain)
+    torch.testing.assert_close(draw(), plain, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("patches", [False, True])
