@@ -12,7 +12,6 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, GenerationConfig, PreTrainedModel
 
-from modeling_lavit.hub_lavit import describe_component, describe_folder, describe_reader
 from modeling_lavit.loading_lavit import build_on_meta, said_of
 from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
@@ -20,6 +19,7 @@ from modeling_lavit.pipeline_lavit import LavitPipeline
 from modeling_lavit.processing import LavitImageProcessor, LavitProcessor
 
 from . import keys, sizes
+from .describing import describe_component, describe_folder, describe_reader
 from .source import find_file, find_shards, load, load_shards, name_some, read_json
 from .text_tokenizer import convert_text_tokenizer
 from .writing import Plan, StateDict, check_space, plan_weights, whole_folder, write_weights

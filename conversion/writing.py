@@ -1,7 +1,6 @@
 """Writing the converted folder: in shards, each read and released before the next, and all of it or nothing."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from modeling_lavit.atomic_lavit import replaced_together
 
 from .source import name_some
 
@@ -135,9 +136,7 @@ def check_space(num_bytes: int, folder: Path):
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes it at the end, and is removed if anything fails.
-
-    What earlier, interrupted runs left is removed first.
+    """A temporary folder beside `output` that becomes it at the end, see [`replaced_together`].
 
     Raises:
         ValueError: `output` is a file, or a folder with something in it.
@@ -146,18 +145,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
         raise ValueError(f"{output} is a file: name a folder that does not exist")
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: remove it, or name a folder that does not exist")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}.partial-"
-    for stale in output.parent.glob(f"{prefix}*"):
-        if not _is_running(stale.name.removeprefix(prefix)):
-            shutil.rmtree(stale)
-    temporary = output.parent / f"{prefix}{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replaced_together(output) as folder:
+        yield folder
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None, device: str) -> torch.Tensor:
@@ -179,13 +168,3 @@ def _save(tensors: StateDict, path: Path):
         save_file(tensors, path, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path.name} could not be written, is the disk full? ({error})") from error
-
-
-def _is_running(process_id: str) -> bool:
-    try:
-        os.kill(int(process_id), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -109,14 +109,14 @@ def _stale(written: set[str], found: set[str]) -> set[str]:
     for name in written:
         path = Path(name)
         siblings = {other for other in found - written if Path(other).parent == path.parent}
-        stem, variant = _weights(path.name)
+        stem, variant = weights_of(path.name)
         if stem:
-            stale |= {other for other in siblings if _weights(Path(other).name) == (stem, variant)}
+            stale |= {other for other in siblings if weights_of(Path(other).name) == (stem, variant)}
         stale |= {other for other in siblings if Path(other).name in OPTIONAL_FILES.get(stem or path.stem, ())}
     return stale
 
 
-def _weights(name: str) -> tuple[str | None, str | None]:
+def weights_of(name: str) -> tuple[str | None, str | None]:
     """Stem and variant of a weights file, or of an index of some; `None` of other files."""
     match = WEIGHTS_FILE.fullmatch(name)
     return (match[1], match[2] or match[3]) if match else (None, None)

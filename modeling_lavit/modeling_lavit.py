@@ -5,6 +5,7 @@ model, V ids in all, n kept patches of one image.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from .generation_lavit import LavitGenerationMixin
 from .layers_lavit import take_rows
 from .loading_lavit import StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitTokenMerger, LavitVisualTokenizer, LavitVisualTokens
+from .saving_lavit import SavedWithCodeMixin
 from .slots_lavit import (
     LavitPositions,
     check_ids_and_mask,
@@ -106,7 +108,12 @@ class LavitUnderstanding(nn.Module):
         )
 
 
-class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+def of_vision(attn_implementation: str | None) -> str | None:
+    """An attention implementation for the visual tokenizer, where another is asked of the language model."""
+    return attn_implementation if attn_implementation in (None, "eager", "sdpa") else "sdpa"
+
+
+class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     config_class = LavitConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -117,6 +124,20 @@ class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers; an implementation that the visual tokenizer has not (flash, flex) is the language
+        model's alone, and the visual tokenizer computes by PyTorch's own attention."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = {
+                "": attn_implementation,
+                "text_config": attn_implementation,
+                "visual_config": of_vision(attn_implementation),
+            }
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, LavitVisualTokenizer):
+                module.encoder.set_attn_implementation(module.config._attn_implementation)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers, but refuses to drop rows of visual ids.
@@ -141,7 +162,10 @@ class LavitModel(LavitPreTrainedModel):
             self.visual_tokenizer = self.understanding = None
             self._keys_to_ignore_on_load_unexpected = [r"visual_tokenizer\.", r"understanding\."]
         else:
-            self.visual_tokenizer = LavitVisualTokenizer._from_config(config.visual_config)
+            visual_attention = of_vision(config.visual_config._attn_implementation)
+            self.visual_tokenizer = LavitVisualTokenizer._from_config(
+                config.visual_config, attn_implementation=visual_attention
+            )
             self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -360,11 +384,9 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         model.load_draft_codes(pretrained_model_name_or_path, **hub_options)
         return loaded
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As every model's; with the images that it knows, see [`set_draft_codes`]."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.save_draft_codes(save_directory)
+    def save_extra_files(self, folder: Path) -> None:
+        """The images that the model knows, see [`set_draft_codes`]."""
+        self.save_draft_codes(folder)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> LavitImageFeatures:
         """See [`LavitModel.get_image_features`]."""

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_lavit import SELECTIONS, LavitVisualTokenizerConfig
 from .layers_lavit import LavitLayer, mixed_precision, take_rows
 from .loading_lavit import StrictLoadingMixin
+from .saving_lavit import SavedWithCodeMixin
 
 
 @dataclass
@@ -287,7 +288,7 @@ class LavitQuantizer(nn.Module):
         return self.nearest(self.project(features))
 
 
-class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
+class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
 
     The same image gives the same codes in every batch, unless noise, a generator or another selection is asked for.

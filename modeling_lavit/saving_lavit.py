@@ -241,7 +241,12 @@ def edit_json(path: Path, edit: Callable[[dict], None]) -> None:
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         edit(content)
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(path, content)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file as the libraries do."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _name_model(config: dict, auto_map: dict, pipeline: dict | None) -> None:

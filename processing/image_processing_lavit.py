@@ -23,6 +23,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from modeling_lavit.saving_lavit import SavedWithCodeMixin
+
 
 MAX_IMAGE_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb
 
@@ -170,7 +172,7 @@ class LavitImageProcessorKwargs(ImagesKwargs, total=False):
     reference_compat: bool | None
 
 
-class LavitImageProcessor(PilBackend):
+class LavitImageProcessor(SavedWithCodeMixin, PilBackend):
     """Resizes pictures to the model's square (Pillow's bicubic filter, aspect ratio not kept) and normalises them.
 
     Takes what [`load_image`] takes, and arrays or tensors, (height, width), (height, width, channels) or (channels,

@@ -9,6 +9,8 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 
+from modeling_lavit.saving_lavit import SavedWithCodeMixin
+
 from .image_processing_lavit import LavitImageProcessorKwargs, flatten_images
 
 
@@ -67,7 +69,7 @@ class LavitProcessorKwargs(ProcessingKwargs, total=False):
     reference_compat: bool
 
 
-class LavitProcessor(ProcessorMixin):
+class LavitProcessor(SavedWithCodeMixin, ProcessorMixin):
     """One processor for reading and drawing.
 
     ```python
