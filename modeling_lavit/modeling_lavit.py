@@ -116,7 +116,8 @@ class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["Blip2EncoderLayer", "LavitLayer", "LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
