@@ -106,6 +106,11 @@ class LavitDetokenizerConfig(PreTrainedConfig):
         variant: `"highres"` (SDXL-shaped UNet: `prompt_embed_dims` concatenated, and a pooled embedding of
             `pooled_embed_dim`) or `"lowres"` (SD-1.5-shaped UNet: `prompt_embed_dims` has one entry).
         num_unconditional_tokens: lowres only: rows of the learnt unconditional embedding.
+        aspect_ratios: name -> (height, width) in pixels that the UNet was trained for. None: those of the official
+            decoder where the UNet is of that size, else "1:1" alone.
+        vae_scale_factor: pixels a latent, along a side; what a pipeline without an autoencoder goes by.
+        default_num_inference_steps, default_decoder_guidance_scale: what [`LavitPipeline`] decodes with unless a call
+            says otherwise.
     """
 
     model_type = "lavit_detokenizer"
@@ -123,6 +128,10 @@ class LavitDetokenizerConfig(PreTrainedConfig):
     prompt_embed_dims: list[int] | tuple[int, ...] = (768, 1280)
     pooled_embed_dim: int = 1280
     num_unconditional_tokens: int = 77
+    aspect_ratios: dict | None = None
+    vae_scale_factor: int = 8
+    default_num_inference_steps: int = 25
+    default_decoder_guidance_scale: float | int = 7.0
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
