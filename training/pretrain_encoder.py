@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..configuration_lavit import LavitVisualTokenizerConfig
 from ..evaluation.judge import Judge
-from ..modeling_lavit_visual_tokenizer import build_encoder
+from ..encoder_lavit import build_encoder
 from .data import (
     PictureDataset,
     SampleNoise,
