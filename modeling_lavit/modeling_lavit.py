@@ -21,6 +21,7 @@ from .generation_lavit import LavitGenerationMixin
 from .layers_lavit import take_rows
 from .loading_lavit import StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from .scoring_lavit import LavitScoringMixin
 from .slots_lavit import (
     LavitPositions,
     check_ids_and_mask,
@@ -123,6 +124,8 @@ class LavitModel(LavitPreTrainedModel):
             self.visual_tokenizer = LavitVisualTokenizer._from_config(
                 config.visual_config, attn_implementation=visual_attention
             )
+            # frozen here, as is its mode (see `train`): its own stage trains it as a model of its own
+            self.visual_tokenizer.requires_grad_(False)
             self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -307,7 +310,7 @@ class LavitModel(LavitPreTrainedModel):
         return ids, embeds, whole, position_ids, positions, speaks
 
 
-class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
+class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, LavitGenerationMixin):
     """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws.
 
     ```python

@@ -7,6 +7,7 @@ import torch
 from tiny import BOI, CODE, EOI, left_padded, right_padded, seeded, tiny_images, tiny_model
 from transformers import DynamicCache, LogitsProcessor
 
+from modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.compat_lavit import CACHE_NAME
 
 
@@ -303,6 +304,15 @@ def test_the_visual_tokenizer_stays_in_eval_mode_whatever_train_says():
         assert model.training and model.model.language_model.training
         assert not any(module.training for module in model.model.visual_tokenizer.modules())
     assert all(module.training for module in model.model.visual_tokenizer.train().modules())
+
+
+def test_no_weight_of_the_visual_tokenizer_is_trained_with_the_language_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for model in (tiny_model(), LavitForConditionalGeneration.from_pretrained(tmp_path)):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert not any(name.startswith("model.visual_tokenizer.") for name in trained)
+        assert {"model.understanding.projection.weight", "lm_head.weight"} <= trained
+        assert any(name.startswith("model.understanding.merger.") for name in trained)
 
 
 def test_compiling_the_language_model_alone_compiles_decoding(model):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from ..configuration_lavit import LavitVisualTokenizerConfig
-from ..evaluation.judge import Judge
 from ..encoder_lavit import build_encoder
+from ..evaluation.judge import Judge
 from .data import (
     PictureDataset,
     SampleNoise,
