@@ -154,7 +154,6 @@ def convert(
         precision = f", and their precision to {str(dtype).removeprefix('torch.')}" if dtype else ""
         card = {
             "notice": NOTICE.format(base_model=base_model, precision=precision),
-            "lowres": len(variants) > 1,
             "license": "other",
             "license_name": "lavit-community-license",
             "license_link": "https://github.com/jy0205/LaVIT/blob/main/LICENSE",

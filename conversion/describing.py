@@ -23,7 +23,7 @@ def describe_folder(pipe, folder: Path, **card):
         if component is not None:
             describe_component(component, folder if name in AT_ROOT else folder / name)
     write_pipeline(pipe, folder)
-    write_model_card(folder, pipe, **card)
+    write_model_card(folder, **card)
 
 
 def describe_reader(model, processor, folder: Path, **card):
@@ -31,7 +31,7 @@ def describe_reader(model, processor, folder: Path, **card):
     for component in (model, processor):
         describe_component(component, folder)
     write_code(folder, model, processor)
-    write_model_card(folder, model, **card)
+    write_model_card(folder, **card)
 
 
 def describe_component(component, folder: Path):

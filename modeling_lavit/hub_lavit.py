@@ -30,7 +30,6 @@ from .loading_lavit import (
     read_json_object,
     read_shapes,
     read_weight_map,
-    said_of,
     wrong_shapes,
 )
 from .saving_lavit import DIFFUSERS_CODE, GENERATION_AUTO_CLASSES, TRANSFORMERS_CODE
@@ -168,7 +167,9 @@ class LavitLoadingMixin:
                 pretrained_model_name, allow_patterns=list(needed_files(index, files, variant, kwargs)), **where
             )
         except EntryNotFoundError as error:
-            raise FileNotFoundError(f"{pretrained_model_name} has no {INDEX}: it is no pipeline's repository") from error
+            raise FileNotFoundError(
+                f"{pretrained_model_name} has no {INDEX}: it is no pipeline's repository"
+            ) from error
         except HfHubHTTPError as error:
             raise OSError(f"{pretrained_model_name} cannot be read: {str(error).splitlines()[0]}") from error
 
@@ -193,7 +194,9 @@ def needed_files(index: dict, files: list[str], variant: str | None, given) -> I
         has_variant = variant is not None and any(which == f".{variant}" for _, which in stems.values())
         wanted = f".{variant}" if has_variant else None
         is_json = (".json", ".jinja", ".model", ".txt", ".safetensors")
-        yield from (file for file in found if file.endswith(is_json) and stems[file][1] == wanted or not stems[file][0])
+        yield from (
+            file for file in found if file.endswith(is_json) and stems[file][1] == wanted or not stems[file][0]
+        )
 
 
 def component_names(index: dict) -> list[str]:

@@ -7,16 +7,16 @@ import diffusers
 
 from .atomic_lavit import replaced_together
 from .hub_lavit import AT_ROOT, INDEX
-from .pushing_lavit import push_folder
+from .pushing_lavit import README
 from .saving_lavit import (
     DIFFUSERS_CODE,
     PUSH_OPTIONS,
     copy_own_class,
     file_of,
     is_ours,
+    make_card,
     name_classes,
-    publisher,
-    write_card,
+    upload,
     write_code,
     write_json,
 )
@@ -63,14 +63,14 @@ class LavitSavingMixin:
             raise ValueError(f"{sorted(kwargs)} have no meaning here, or with push_to_hub=True only")
         if self.model.config.generation_only:
             raise ValueError("the model was loaded with generation_only=True: a pipeline is saved with all its parts")
-        tags = options.pop("tags", None)
         with replaced_together(save_directory) as folder:
             self._save_components(folder, variant, max_shard_size)
             write_pipeline(self, folder)
-            write_card(folder, self, tags, place=Path(save_directory))
+            card = make_card(folder, options.get("tags"), place=Path(save_directory))
+            (folder / README).write_text(card, encoding="utf-8")
         if push_to_hub:
             repo_id = options.pop("repo_id", None) or Path(save_directory).absolute().name
-            push_folder(save_directory, repo_id, merge_cards=publisher.merge_cards, **options)
+            upload(save_directory, repo_id, **options)
 
     def push_to_hub(
         self,
@@ -93,20 +93,15 @@ class LavitSavingMixin:
         Returns:
             The URL of the commit, or of the pull request.
         """
-
-        def save(folder: Path):
-            self.save_pretrained(folder, **saving)
-            write_card(folder, self, tags)
-
-        return push_folder(
-            save,
+        return upload(
+            lambda folder: self.save_pretrained(folder, **saving),
             repo_id,
-            merge_cards=publisher.merge_cards,
             commit_message=commit_message,
             private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
+            tags=tags,
         )
 
     def _save_components(self, folder: Path, variant: str | None, max_shard_size: int | str | None) -> None:

@@ -25,6 +25,7 @@ def push_folder(
     source: str | os.PathLike | Callable[[Path], object],
     repo_id: str,
     *,
+    make_card: Callable[[Path, str], str],
     merge_cards: Callable[[str, str], str],
     commit_message: str | None = None,
     private: bool | None = None,
@@ -38,7 +39,8 @@ def push_folder(
 
     Args:
         repo_id: "organisation/name".
-        merge_cards: `merge_cards(theirs, ours)` -> the README, where the repository has one that says something else.
+        make_card: `make_card(folder, repo_id)` -> the README.
+        merge_cards: `merge_cards(theirs, ours)` -> the README, where the repository has one.
         commit_message: "Upload LaVIT" by default.
         private: of a repository that is created: whether its owners alone see it.
         token: of the Hub; by default that of `hf auth login`.
@@ -64,16 +66,19 @@ def push_folder(
             if revision and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             where = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message or "Upload LaVIT"}
-            card = Path(source) / README
-            ours = card.read_text(encoding="utf-8") if card.is_file() else None
-            theirs = read_card(api, repo_id, revision) if ours is not None else None
-            merged = ours if theirs is None else merge_cards(theirs, ours)
-            ignored = IGNORED if merged == ours else [*IGNORED, README]
+            card = make_card(Path(source), repo_id)
+            theirs = read_card(api, repo_id, revision)
+            card = card if theirs is None else merge_cards(theirs, card)
+            if source == temporary:
+                (Path(source) / README).write_text(card, encoding="utf-8")
+            file = Path(source) / README
+            ours = file.read_text(encoding="utf-8") if file.is_file() else None
+            ignored = IGNORED if card == ours else [*IGNORED, README]
             commit = api.upload_folder(folder_path=source, create_pr=create_pr, ignore_patterns=ignored, **where)
-            if merged not in (ours, theirs):
-                # the repository's card was edited: its edits and ours, while the folder itself stays as it is
+            if card not in (ours, theirs):
+                # the folder stays as it is, its card with the repository's name and edits does not
                 where["revision"] = commit.pr_revision or revision
-                api.upload_file(path_or_fileobj=merged.encode(), path_in_repo=README, **where)
+                api.upload_file(path_or_fileobj=card.encode(), path_in_repo=README, **where)
     return commit.pr_url or commit.commit_url
 
 

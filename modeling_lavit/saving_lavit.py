@@ -36,6 +36,8 @@ FAMILIES = (
     {"LavitImageProcessor": ("AutoImageProcessor",)},
     {"LavitProcessor": ("AutoProcessor",)},
 )
+# in examples of a card, until the repository has a name
+REPOSITORY = "ORGANISATION/NAME"
 PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
 
 
@@ -62,8 +64,7 @@ class SavedWithCodeMixin:
                 write_code(folder, self)
         if push_to_hub:
             repo_id = options.pop("repo_id", None) or Path(save_directory).absolute().name
-            write_card(Path(save_directory), self, options.pop("tags", None))
-            push_folder(save_directory, repo_id, merge_cards=publisher.merge_cards, **options)
+            upload(save_directory, repo_id, **options)
         if isinstance(saved, list):
             saved = [str(Path(save_directory) / Path(path).relative_to(folder)) for path in saved]
         return saved
@@ -92,19 +93,15 @@ class SavedWithCodeMixin:
             The URL of the commit, or of the pull request.
         """
 
-        def save(folder: Path):
-            self.save_pretrained(folder, **saving)
-            write_card(folder, self, tags)
-
-        return push_folder(
-            save,
+        return upload(
+            lambda folder: self.save_pretrained(folder, **saving),
             repo_id,
-            merge_cards=publisher.merge_cards,
             commit_message=commit_message,
             private=private,
             token=token,
             revision=revision,
             create_pr=create_pr,
+            tags=tags,
         )
 
 
@@ -115,12 +112,13 @@ class Publisher:
 
     Args:
         code: `code()` -> the text of the generated files, by name without ending.
-        card: `card(described, tags)` -> the README of a model, processor or pipeline.
+        card: `card(folder, tags, extras, repository)` -> the README of what was saved in `folder`; images, results and
+            notes that it may show lie in `extras`.
         merge_cards: `merge_cards(theirs, ours)` -> the README where there is one already.
     """
 
     code: Callable[[], dict[str, str]]
-    card: Callable[[object, list[str] | None], str]
+    card: Callable[[Path, list[str] | None, Path, str], str]
     merge_cards: Callable[[str, str], str]
 
 
@@ -130,12 +128,12 @@ def own_code() -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8") for file in files if file.is_file()}
 
 
-def short_card(described, tags: list[str] | None = None) -> str:
+def short_card(folder: Path, tags: list[str] | None, extras: Path, repository: str) -> str:
     """A README that says how to load the repository."""
     data = ModelCardData(library_name="transformers", tags=["lavit", *(tags or [])])
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# LaVIT\n\nA `{type(described).__name__}` of [LaVIT]"
-        "(https://arxiv.org/abs/2309.04669): `trust_remote_code=True` loads it with the code in this repository.\n"
+        f"---\n{data.to_yaml()}\n---\n\n# LaVIT\n\nOf [LaVIT](https://arxiv.org/abs/2309.04669): "
+        "`trust_remote_code=True` loads it with the code in this repository.\n"
     )
 
 
@@ -147,17 +145,24 @@ def keep_theirs(theirs: str, ours: str) -> str:
 publisher = Publisher(own_code, short_card, keep_theirs)
 
 
-def write_card(folder: Path, described, tags: list[str] | None = None, place: Path | None = None) -> None:
-    """Writes the README of a model, processor or pipeline; what its owners changed in one that is there stays.
+def make_card(folder: Path, tags: list[str] | None, place: Path, repository: str = REPOSITORY) -> str:
+    """The README of what was saved in `folder`; what its owners changed in the one that is in `place` stays."""
+    card = publisher.card(folder, tags, place, repository)
+    there = place / README
+    return publisher.merge_cards(there.read_text(encoding="utf-8"), card) if there.is_file() else card
 
-    Args:
-        place: where that one is, if not in `folder`.
-    """
-    card = publisher.card(described, tags)
-    there = (place or folder) / README
-    if there.is_file():
-        card = publisher.merge_cards(there.read_text(encoding="utf-8"), card)
-    (folder / README).write_text(card, encoding="utf-8")
+
+def upload(
+    source: str | os.PathLike | Callable[[Path], object], repo_id: str, tags: list[str] | None = None, **options
+) -> str:
+    """Uploads a folder with its card, see [`push_folder`]."""
+    return push_folder(
+        source,
+        repo_id,
+        make_card=lambda folder, repository: make_card(folder, tags, folder, repository),
+        merge_cards=publisher.merge_cards,
+        **options,
+    )
 
 
 def write_code(folder: Path, *saved, pipeline: dict | None = None) -> None:
