@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from transformers import AutoConfig
 
 from modeling_lavit.atomic_lavit import weights_of
+from modeling_lavit.configuration_lavit import LavitDetokenizerConfig
 from modeling_lavit.loading_lavit import read_json_object, read_shapes
 from modeling_lavit.saving_lavit import DIFFUSERS_CODE, REPOSITORY, TRANSFORMERS_CODE
 
@@ -190,15 +191,13 @@ def _facts(kind: str, folder: Path, config: dict) -> dict[str, str]:
         facts["images that are read"] = f"{side} × {side} pixels, {visual.num_patches} patches"
         facts["visual codes"] = str(visual.codebook_size)
     if kind == "pipeline":
-        decoder = read_json_object(folder / "detokenizer" / "config.json")
-        sides = read_json_object(folder / "unet" / "config.json")["sample_size"]
-        height, width = (
-            side * decoder["vae_scale_factor"] for side in ([sides] * 2 if isinstance(sides, int) else sides)
-        )
-        steps = decoder["default_num_inference_steps"]
-        facts["images that are drawn"] = f"{height} × {width} pixels (height × width), {steps} denoising steps"
-        if decoder.get("aspect_ratios"):
-            facts["aspect ratios"] = ", ".join(decoder["aspect_ratios"])
+        decoder = LavitDetokenizerConfig.from_pretrained(folder / "detokenizer")
+        side = read_json_object(folder / "unet" / "config.json")["sample_size"]
+        size = [decoder.vae_scale_factor * one for one in ([side, side] if isinstance(side, int) else side)]
+        steps = decoder.default_num_inference_steps
+        facts["images that are drawn"] = f"{size[0]} × {size[1]} pixels (height × width), {steps} denoising steps"
+        if decoder.aspect_ratios:
+            facts["aspect ratios"] = ", ".join(decoder.aspect_ratios)
     return facts
 
 
