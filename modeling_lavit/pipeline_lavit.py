@@ -31,10 +31,10 @@ from .defaults_lavit import LavitDefaults, read_defaults, store_defaults
 from .denoising_lavit import DecodingUNet, LavitDenoiser
 from .hub_lavit import LavitSavingMixin
 from .modeling_lavit_detokenizer import LavitDetokenizer
-from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 from .pixels_lavit import LavitPixelsMixin
 from .prompts_lavit import Part, Prompt, as_batch
 from .tokens_lavit import LavitTokensMixin, tokenize_images
+from .visual_tokens_lavit import LavitVisualTokens
 
 
 LOADING_OPTIONS = (

@@ -8,8 +8,10 @@ from .decoding_lavit import __doc__ as _
 from .defaults_lavit import __doc__ as _
 from .denoising_lavit import __doc__ as _
 from .drafts_lavit import __doc__ as _
+from .encoder_lavit import __doc__ as _
 from .filling_lavit import __doc__ as _
 from .generation_lavit import __doc__ as _
+from .generation_settings_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
@@ -25,9 +27,12 @@ from .pipeline_text_to_image import __doc__ as _
 from .pixels_lavit import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
+from .scoring_lavit import __doc__ as _
 from .slots_lavit import __doc__ as _
 from .small_decoder_lavit import __doc__ as _
 from .tokens_lavit import __doc__ as _
+from .understanding_lavit import __doc__ as _
+from .visual_tokens_lavit import __doc__ as _
 from .vocabulary_lavit import __doc__ as _
 from .modeling_lavit import LavitForConditionalGeneration
 from .modeling_lavit import LavitModel
