@@ -8,11 +8,12 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test bench pictures style
+.PHONY: help demo test test-peers bench pictures style
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
 	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
+	@echo "make test-peers  set up, then run the common tests of transformers and diffusers; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
 	@echo "make pictures  set up, then draw those of training/pictures; DATA=folder for other pictures, MODEL=folder"
 	@echo "make style   set up, then check the style"
@@ -31,6 +32,9 @@ test: export TOKENIZERS_PARALLELISM := false
 test: TESTS := tests
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+
+test-peers: $(INSTALLED)
+	$(BIN)/python tests/peers/run.py
 
 bench: export HF_HUB_OFFLINE := 1
 bench: export TRANSFORMERS_VERBOSITY := error
