@@ -3,9 +3,10 @@
 Defaults are the sizes of the official LaVIT-7B checkpoints (arXiv 2309.04669).
 """
 
+from .compat_lavit import ALLOWED_VERSIONS as _  # noqa: F401  # isort: skip  (first: it checks the versions)
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .vocabulary_lavit import LavitVocabulary
@@ -159,10 +160,7 @@ class LavitConfig(PreTrainedConfig):
     """
 
     model_type = "lavit"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "visual_config": LavitVisualTokenizerConfig,
-    }
+    sub_configs = {"text_config": AutoConfig, "visual_config": LavitVisualTokenizerConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     visual_config: dict | PreTrainedConfig | None = None
@@ -174,6 +172,10 @@ class LavitConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         default_language_model = self.text_config is None
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        if not isinstance(self.visual_config, PreTrainedConfig):
+            self.visual_config = LavitVisualTokenizerConfig(**(self.visual_config or {}))
         if "text-to-image" in PIPELINE_REGISTRY.get_supported_tasks():
             # the task of the imported package wins over a folder's code, as its models do
             kwargs.pop("custom_pipelines", None)

@@ -26,6 +26,8 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
+from .compat_lavit import AutoImageProcessor
+
 
 # components that live in the folder itself, not in a folder of their own
 AT_ROOT = ("processor", "model")
@@ -53,9 +55,7 @@ def register_classes(
     for auto_class in GENERATION_AUTO_CLASSES:
         getattr(transformers, auto_class).register(config_class, generation_model, exist_ok=True)
     generation_model.register_for_auto_class(GENERATION_AUTO_CLASSES[0])
-    transformers.AutoImageProcessor.register(
-        config_class, image_processor_classes={"pil": image_processor}, exist_ok=True
-    )
+    AutoImageProcessor.register(config_class, image_processor_classes={"pil": image_processor}, exist_ok=True)
     transformers.AutoProcessor.register(config_class, processor, exist_ok=True)
     image_processor.register_for_auto_class()
     processor.register_for_auto_class()

@@ -21,6 +21,7 @@ from .generation_lavit import LavitGenerationMixin
 from .layers_lavit import take_rows
 from .loading_lavit import StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitTokenMerger, LavitVisualTokenizer, LavitVisualTokens
+from .scoring_lavit import LavitScoringMixin
 from .slots_lavit import (
     LavitPositions,
     check_ids_and_mask,
@@ -348,7 +349,7 @@ class LavitModel(LavitPreTrainedModel):
         return ids, embeds, whole, position_ids, positions, speaks
 
 
-class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
+class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, LavitGenerationMixin):
     """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws.
 
     ```python

@@ -25,6 +25,7 @@ from .pipeline_text_to_image import __doc__ as _
 from .pixels_lavit import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
+from .scoring_lavit import __doc__ as _
 from .slots_lavit import __doc__ as _
 from .small_decoder_lavit import __doc__ as _
 from .tokens_lavit import __doc__ as _
