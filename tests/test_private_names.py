@@ -2,7 +2,6 @@
 
 import diffusers
 import pytest
-import transformers
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 
 
@@ -22,7 +21,6 @@ PIPELINE, SDXL = diffusers.DiffusionPipeline, diffusers.StableDiffusionXLPipelin
         (PIPELINE, "_dict_from_json_file"),
         (diffusers.AutoPipelineForText2Image, "_dict_from_json_file"),
         (SDXL, "_get_add_time_ids"),
-        (transformers.PreTrainedConfig(), "_commit_hash"),
     ],
 )
 def test_the_name_is_there(owner, name):
