@@ -15,7 +15,7 @@ help:
 	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
 	@echo "make test-versions  the main job with the oldest and the newest libraries, each installed in a folder of its own"
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
-	@echo "make test-peers     the common testers of transformers on our classes; PEERS=folder of their archives"
+	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
 	@echo "make pictures  set up, then draw those of training/pictures; DATA=folder for other pictures, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
@@ -50,6 +50,9 @@ test-versions: $(VERSIONS:%=.venv-%/.installed)
 	        | grep -E '^(accelerate|diffusers|huggingface_hub|torch|transformers) '; \
 	    HF_HUB_OFFLINE=1 LAVIT_RESULTS=$(RESULTS) .venv-$$versions/bin/pytest -q tests/versions; \
 	done
+
+test-peers: $(INSTALLED)
+	$(BIN)/python tests/peers/run.py
 
 .venv-%/.installed: tests/versions/%.txt setup.py $(INSTALLED)
 	@set -e; rm -rf .venv-$*; $(BIN)/python -m venv .venv-$*; \
