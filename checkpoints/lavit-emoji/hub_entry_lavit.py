@@ -1,6 +1,7 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
 from .calls_lavit import __doc__ as _
+from .candidates_lavit import __doc__ as _
 from .checks_lavit import __doc__ as _
 from .compat_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
@@ -14,6 +15,7 @@ from .generation_lavit import __doc__ as _
 from .generation_settings_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
+from .keeping_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
 from .loading_lavit import __doc__ as _
 from .logits_lavit import __doc__ as _
