@@ -187,10 +187,10 @@ def name_classes(folder: Path, saved, pipeline: dict | None = None) -> None:
     """Writes `auto_map` into the config files of one model, processor or configuration."""
     auto_map = find_auto_map(saved)
     if "AutoConfig" in auto_map:
-        edit_json(folder / "config.json", lambda config: _name_model(config, auto_map, pipeline))
+        edit_json(folder / "config.json", lambda config: name_model(config, auto_map, pipeline))
     elif "AutoProcessor" in auto_map:
         auto_map |= find_auto_map(saved.image_processor)
-        edit_json(folder / "processor_config.json", lambda config: _name_processor(config, auto_map))
+        edit_json(folder / "processor_config.json", lambda config: name_processor(config, auto_map))
         # AutoTokenizer would ask for trust, and there is no code of a tokenizer
         edit_json(folder / "tokenizer_config.json", lambda config: config.pop("auto_map", None))
     elif auto_map:
@@ -254,7 +254,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _name_model(config: dict, auto_map: dict, pipeline: dict | None) -> None:
+def name_model(config: dict, auto_map: dict, pipeline: dict | None) -> None:
     config.pop("custom_pipelines", None)
     config.update({"auto_map": auto_map} | ({"custom_pipelines": pipeline} if pipeline else {}))
     for part in config.values():
@@ -264,6 +264,6 @@ def _name_model(config: dict, auto_map: dict, pipeline: dict | None) -> None:
                 part.pop(name, None)
 
 
-def _name_processor(config: dict, auto_map: dict) -> None:
+def name_processor(config: dict, auto_map: dict) -> None:
     config["auto_map"] = {"AutoProcessor": auto_map["AutoProcessor"]}
     config["image_processor"]["auto_map"] = auto_map

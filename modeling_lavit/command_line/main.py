@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 
-from . import app, draw, read, search, serve, tokenize
+from . import app, draw, publish, read, search, serve, tokenize
 from .common import Parser, one_line
 
 
@@ -46,7 +46,7 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, run, help: str, description: str, example: str) -> Parser:
+    def add(name: str, run, help: str, description: str, example: str, loads_model: bool = True) -> Parser:
         command = commands.add_parser(
             name,
             help=help,
@@ -54,6 +54,8 @@ def build_parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
+        if not loads_model:
+            return command
         command.add_argument(
             "--model",
             metavar="PATH_OR_REPO",
@@ -62,7 +64,7 @@ def build_parser() -> Parser:
         command.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
         return command
 
-    for topic in (draw, read, tokenize, app, serve, search):
+    for topic in (draw, read, tokenize, app, serve, search, publish):
         topic.add_commands(add)
     for name, (_, help) in DELEGATED.items():
         commands.add_parser(name, help=f"{help} (lavit {name} --help)", add_help=False)
