@@ -17,6 +17,7 @@ from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
 from modeling_lavit.pipeline_lavit import LavitPipeline
 from modeling_lavit.processing import LavitImageProcessor, LavitProcessor
+from modeling_lavit.publishing.card import write_model_card
 
 from . import keys, sizes
 from .describing import describe_component, describe_folder, describe_reader
@@ -159,13 +160,14 @@ def convert(
             "license_link": "https://github.com/jy0205/LaVIT/blob/main/LICENSE",
             "base_model": base_model,
         }
-        _write_description(folder, components, decoders, card)
+        _write_description(folder, components, decoders)
         for file in _licence_files(official):
             shutil.copyfile(file, folder / file.name)
         total = sum(plan.num_bytes for plan in plans)
         with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as progress:
             for plan in plans:
                 write_weights(plan, folder, progress)
+        write_model_card(folder, **card)
     report(f"{output}: {total / 1e9:.2f} GB, pixel decoder: {' and '.join(variants) or 'none'}")
 
 
@@ -375,13 +377,13 @@ def _generation_config(text_config) -> GenerationConfig:
     return config
 
 
-def _write_description(folder: Path, components: dict, decoders: dict, card: dict):
-    """Everything but the weights."""
+def _write_description(folder: Path, components: dict, decoders: dict):
+    """Everything but the weights and the card."""
     if not decoders:
-        describe_reader(components["model"], components["processor"], folder, **card)
+        describe_reader(components["model"], components["processor"], folder)
         return
     first, *others = decoders.values()
-    describe_folder(LavitPipeline(**components, **first), folder, **card)
+    describe_folder(LavitPipeline(**components, **first), folder)
     for other in others:
         for name, component in other.items():
             describe_component(component, folder / LOWRES_FOLDER / name)

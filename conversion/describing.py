@@ -1,4 +1,4 @@
-"""Everything in a folder but the weights: written for models on the meta device."""
+"""Everything in a folder but the weights and the card: written for models on the meta device."""
 
 from pathlib import Path
 
@@ -7,31 +7,27 @@ import transformers
 
 from modeling_lavit.hub_lavit import AT_ROOT
 from modeling_lavit.pipeline_saving_lavit import write_pipeline
-from modeling_lavit.publishing.card import write_model_card
 from modeling_lavit.saving_lavit import write_code
 
 
-def describe_folder(pipe, folder: Path, **card):
+def describe_folder(pipe, folder: Path):
     """Writes everything that [`LavitPipeline.save_pretrained`] writes but the weights.
 
     Args:
         pipe: its models may be on the meta device.
         folder: exists.
-        card: of [`write_model_card`].
     """
     for name, component in pipe.components.items():
         if component is not None:
             describe_component(component, folder if name in AT_ROOT else folder / name)
     write_pipeline(pipe, folder)
-    write_model_card(folder, **card)
 
 
-def describe_reader(model, processor, folder: Path, **card):
+def describe_reader(model, processor, folder: Path):
     """As [`describe_folder`], for a model and its processor without a pixel decoder."""
     for component in (model, processor):
         describe_component(component, folder)
     write_code(folder, model, processor)
-    write_model_card(folder, **card)
 
 
 def describe_component(component, folder: Path):
