@@ -27,6 +27,7 @@ from .loading_lavit import (
     HUB_OPTIONS,
     build_on_meta,
     is_plain_name,
+    read_config,
     read_json_object,
     read_shapes,
     read_weight_map,
@@ -81,11 +82,13 @@ def load_without_flag(pipeline):
         if cls is base:
             try:
                 where = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
-                is_ours = read_index(source, **where).get("_class_name") == named
+                index = read_index(source, **where)
             except OSError:
                 # diffusers says what is wrong
-                is_ours = False
-            if is_ours:
+                index = {}
+            if isinstance(index.get("_class_name"), list):
+                component_names(index)
+            if index.get("_class_name") == named:
                 return pipeline.from_pretrained(source, **kwargs)
         return load(cls, source, **kwargs)
 
@@ -222,6 +225,11 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
         ValueError: a file names others outside the folder; configurations and weights differ in size.
     """
     index = read_index(folder)
+    if "model" not in given:
+        read_config(folder)
+    for name in ("processor_config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
     for name in component_names(index):
         part = folder / name
         if name in given or name in AT_ROOT or not (part / "config.json").is_file():

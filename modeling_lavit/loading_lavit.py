@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import cached_files
 
@@ -72,10 +72,7 @@ class StrictLoadingMixin:
         if shapes is None or kwargs.pop("quantization_config", None):
             return
         if not isinstance(config, PreTrainedConfig):
-            config = config or source
-            read_json_object(cached_file(str(config), "config.json", **where))
-            with said_of(f"config.json of {config}"):
-                config, _ = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **where, **kwargs)
+            config = read_config(config or source, cls.config_class, **where, **kwargs)
         if getattr(config, "quantization_config", None):
             return
         model = build_on_meta(lambda: cls(config), config.to_dict(), len(shapes), source)
@@ -88,6 +85,19 @@ class StrictLoadingMixin:
         tied = {name for pair in tied.items() if shapes.keys() & set(pair) for name in pair}
         mismatched = wrong_shapes(expected, shapes)
         _refuse(source, cls, expected.keys() - shapes.keys() - tied, () if accept_mismatched else mismatched)
+
+
+def read_config(source, config_class: type = AutoConfig, **options) -> PreTrainedConfig:
+    """The configuration of a folder or repository; `options` of `from_pretrained`.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged, or describes no model.
+    """
+    where = {name: options[name] for name in HUB_OPTIONS if name in options}
+    read_json_object(cached_file(str(source), "config.json", **where))
+    with said_of(f"config.json of {source} describes no model"):
+        return config_class.from_pretrained(source, return_unused_kwargs=True, **options)[0]
 
 
 def weight_files(source, variant: str | None = None, **where) -> list[Path]:
