@@ -71,7 +71,7 @@ setup(
         "quantization": ["torchao"],
         "docs": ["furo", "myst-parser", "sphinx"],
         "dev": [
-            "lavit-hf[train,evaluate,app,serve,ray,convert]",
+            "lavit-hf[train,evaluate,app,serve,ray,convert,docs]",
             "openai",
             "parameterized",
             "pre-commit",
