@@ -64,7 +64,7 @@ setup(
         "train": ["datasets", "matplotlib", "peft", "resvg_py", "pyyaml"],
         "evaluate": ["datasets", "matplotlib", "pyyaml", "torchmetrics"],
         "app": ["gradio"],
-        "serve": ["fastapi", "httpx", "python-multipart", "ray[serve]", "uvicorn"],
+        "serve": ["aiohttp", "fastapi", "prometheus_client", "python-multipart", "ray[serve]", "uvicorn"],
         "ray": ["ray[data]"],
         "convert": ["protobuf", "sentencepiece"],
         # apart from `dev`: with it installed, transformers imports it, and it prints at import
