@@ -2,10 +2,14 @@
 
 import base64
 import io
+import struct
 import threading
+import tracemalloc
+import zlib
 from functools import partial
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -209,3 +213,202 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(processor):
     huge = encoded(Image.new("1", (20000, 10000)), "PNG")
     with pytest.raises(ValueError, match="too many pixels"):
         processor(huge)
+
+
+@pytest.fixture(scope="module")
+def png() -> bytes:
+    return (FIXTURES / "img0_96x60_RGB.png").read_bytes()
+
+
+def open_at_its_end(content: bytes) -> io.BytesIO:
+    file = io.BytesIO(content)
+    file.seek(0, io.SEEK_END)
+    return file
+
+
+def mime(content: bytes) -> str:
+    return base64.encodebytes(content).decode()
+
+
+SOURCES = {
+    "path": lambda content, path: path,
+    "string": lambda content, path: str(path),
+    "file URL": lambda content, path: path.as_uri(),
+    "file URL of this machine": lambda content, path: f"file://localhost{path.as_uri().removeprefix('file://')}",
+    "open file": lambda content, path: path.open("rb"),
+    "BytesIO": lambda content, path: io.BytesIO(content),
+    "BytesIO at its end": lambda content, path: open_at_its_end(content),
+    "bytearray": lambda content, path: bytearray(content),
+    "memoryview": lambda content, path: memoryview(content),
+    "bytes of datasets": lambda content, path: {"bytes": content, "path": None},
+    "path of datasets": lambda content, path: {"bytes": None, "path": str(path)},
+    "bytes win over a name": lambda content, path: {"bytes": content, "path": "gone.png"},
+    "base64": lambda content, path: base64.b64encode(content).decode(),
+    "base64 in lines": lambda content, path: mime(content),
+    "base64 without padding": lambda content, path: base64.b64encode(content).decode().rstrip("="),
+    "data URI": lambda content, path: f"data:image/png;base64,{base64.b64encode(content).decode()}",
+    "data URI in lines": lambda content, path: f"data:image/png;base64,{mime(content)}",
+    "data URI with a parameter": lambda content, path: f"data:image/png;charset=utf-8;base64,{mime(content)}",
+    "data URI without a type": lambda content, path: f"data:;base64,{mime(content)}",
+    "data URI in capitals": lambda content, path: f"DATA:image/png;BASE64, {mime(content)}",
+    "percent-encoded base64": lambda content, path: f"data:image/png;base64,{quote(mime(content), safe='')}",
+    "percent-encoded bytes": lambda content, path: f"data:image/png,{quote(content)}",
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_an_image_comes_from_every_usual_source(kind, png, photo, tmp_path):
+    path = tmp_path / "a name with 100% ü.png"
+    path.write_bytes(png)
+    source = SOURCES[kind](png, path)
+    assert load_image(source).tobytes() == photo.convert("RGB").tobytes()
+    if hasattr(source, "close"):
+        assert not source.closed
+        source.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"image": 1}, 'mapping has "bytes" or "path", got the keys .\'image\'.'),
+        ({"bytes": None, "path": None}, "mapping has"),
+        ({"bytes": None, "path": "gone.png"}, "no image file at gone.png"),
+        ("file:///nowhere/gone.png", "no image file at /nowhere/gone.png"),
+        ("file://elsewhere/a.png", "another machine"),
+        ("data:image/png;base64", "no comma"),
+        ("data:image/png;base64,####", "not base64"),
+        ("data:image/svg+xml,%3Csvg/%3E", "not an image in a format"),
+        ("data:text/plain,hello", "not an image in a format"),
+        ("/dev/zero", "no image file at /dev/zero"),
+        (io.StringIO("text"), "open it in binary mode"),
+    ],
+    ids=str,
+)
+def test_sources_without_an_image_are_named(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(source)
+
+
+def test_a_closed_file_and_a_closed_image_are_said_to_be_closed(png):
+    file = io.BytesIO(png)
+    file.close()
+    image = Image.open(io.BytesIO(png))
+    image.close()
+    for source in (file, image):
+        with pytest.raises(ValueError, match="closed"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("size", [4, 40, 400])
+def test_an_exif_block_of_random_bytes_means_upright(size):
+    random = np.random.default_rng(0)
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste(RED, (0, 0, 16, 16))
+    for file_format in ("JPEG", "PNG", "WEBP"):
+        for _ in range(20):
+            exif = b"Exif\x00\x00" + random.integers(0, 256, size, dtype=np.uint8).tobytes()
+            loaded = load_image(encoded(image, file_format, exif=exif))
+            assert loaded.size == (32, 16) and loaded.getpixel((2, 2))[0] > 250 > loaded.getpixel((2, 2))[1]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_that_do_not_exist_mean_upright(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert load_image(encoded(Image.new("RGB", (32, 16)), "JPEG", exif=exif)).size == (32, 16)
+
+
+@pytest.mark.parametrize("high", [1.02, 1.5, 2.0])
+def test_a_tiff_of_floats_that_exceed_1_a_little_has_two_readings(high):
+    data = encoded(Image.fromarray(np.array([[0.0, high]], dtype=np.float32)), "TIFF")
+    with pytest.raises(ValueError, match="from 0 to 1 and exceed it.*from 0 to 255 and the image is black"):
+        load_image(data)
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", bytes(16)) + chunk(b"IEND", b"")
+
+
+def patched(file_format: str, width: int, height: int) -> bytes:
+    """A file of a small image that declares another size."""
+    image = Image.new("RGB", (16, 16))
+    content = bytearray(encoded(image, file_format))
+    if file_format == "JPEG":
+        start = content.index(b"\xff\xc0") + 5
+        content[start : start + 4] = struct.pack(">HH", height, width)
+    elif file_format == "GIF":
+        content[6:10] = struct.pack("<HH", width, height)
+    elif file_format == "BMP":
+        content[18:26] = struct.pack("<ii", width, height)
+    elif file_format == "TIFF":
+        entries = struct.unpack_from("<I", content, 4)[0]
+        for i in range(struct.unpack_from("<H", content, entries)[0]):
+            place = entries + 2 + 12 * i
+            tag, kind, count = struct.unpack_from("<HHI", content, place)
+            if tag in (256, 257):
+                struct.pack_into("<HHII", content, place, tag, 4, count, width if tag == 256 else height)
+    elif file_format == "TGA":
+        content[12:16] = struct.pack("<HH", width, height)
+    elif file_format == "PPM":
+        content = content.replace(b"16 16", b"%d %d" % (width, height), 1)
+    elif file_format == "WEBP":
+        canvas = b"\x10\0\0\0" + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+        content[12:12] = b"VP8X\x0a\0\0\0" + canvas
+        content[4:8] = struct.pack("<I", len(content) - 8)
+    return bytes(content)
+
+
+def ico_of(content: bytes, declared: int = 32) -> bytes:
+    entry = struct.pack("<BBBBHHII", declared, declared, 0, 0, 1, 32, len(content), 22)
+    return struct.pack("<HHH", 0, 1, 1) + entry + content
+
+
+def icns_of(content: bytes) -> bytes:
+    return b"icns" + struct.pack(">I", 16 + len(content)) + b"ic08" + struct.pack(">I", 8 + len(content)) + content
+
+
+def tiled_tiff(tile: int) -> bytes:
+    tags = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8, 325: 4}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 12) + b"\0\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    "content",
+    [
+        png_header(2**31 - 1, 2**31 - 1),
+        png_header(12000, 9000),
+        *(patched(kind, 12000, 9000) for kind in ("JPEG", "GIF", "BMP", "TIFF", "TGA", "PPM", "WEBP")),
+        patched("BMP", 2**31 - 1, 2**31 - 1),
+        patched("TIFF", 2**31 - 1, 2**31 - 1),
+        patched("PPM", 2**31 - 1, 2**31 - 1),
+        ico_of(png_header(12000, 9000)),
+        icns_of(png_header(12000, 9000)),
+        tiled_tiff(32768),
+    ],
+    ids=lambda content: str(content[:4]),
+)
+def test_too_many_declared_pixels_are_refused_in_every_format_before_they_are_decoded(content):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than max_image_pixels|too many pixels"):
+        load_image(content)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_the_limit_of_a_caller_holds_for_what_lies_in_a_container():
+    inner = encoded(Image.new("RGB", (400, 300)), "PNG")
+    for content in (ico_of(inner), icns_of(inner)):
+        with pytest.raises(ValueError, match="400x300 = 120000 pixels, more than max_image_pixels=100000"):
+            load_image(content, max_image_pixels=100000)
+
+
+def test_icons_are_read(photo):
+    icon = photo.convert("RGB").resize((64, 64))
+    for content in (encoded(icon, "ICO"), encoded(icon, "ICNS"), ico_of(encoded(icon, "PNG"), 64)):
+        assert load_image(content).size[0] >= 32

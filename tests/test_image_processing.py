@@ -165,3 +165,115 @@ def test_autoimageprocessor_finds_it_beside_a_lavit_config(tmp_path):
     LavitImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(loaded) is LavitImageProcessor and loaded.size["height"] == 48
+
+
+def values(processor: LavitImageProcessor, image, **options) -> np.ndarray:
+    """Pixel values from 0 to 1, (height, width) of the first channel, not resized."""
+    options = {"do_resize": False, "do_normalize": False, "return_tensors": "np"} | options
+    return processor(image, **options)["pixel_values"][0, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "levels", "expected"),
+    [
+        ("uint8", [0, 100, 255], [0, 100, 255]),
+        ("uint16", [0, 257 * 100, 65535], [0, 100, 255]),
+        ("uint16", [0, 257, 514], [0, 1, 2]),
+        ("uint32", [0, 2**31, 2**32 - 1], [0, 128, 255]),
+        ("int16", [0, 16384, 32767], [0, 128, 255]),
+        ("int32", [0, 2**30, 2**31 - 1], [0, 128, 255]),
+        ("int64", [0, 2**62, 2**63 - 1], [0, 128, 255]),
+        *((dtype, [0, 100, 255], [0, 100, 255]) for dtype in ("int16", "int32", "int64", "uint32", "uint64")),
+        ("int8", [0, 100, 127], [0, 100, 127]),
+        ("bool", [0, 1, 1], [0, 255, 255]),
+    ],
+)
+def test_integers_are_read_by_the_range_of_their_dtype_or_as_8_bits(processor, dtype, levels, expected):
+    got = values(processor, np.array([levels], dtype=dtype))
+    assert np.rint(got * 255).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "levels"), [("int32", [0, 65535]), ("int64", [0, 256]), ("uint32", [0, 4095]), ("int16", [-1, 255])]
+)
+def test_integers_that_are_neither_8_bits_nor_of_their_dtypes_range_are_refused(processor, dtype, levels):
+    with pytest.raises(ValueError, match=f"from {levels[0]} to {levels[1]}.*for 16 bits give uint16"):
+        processor(np.array([levels], dtype=dtype))
+
+
+@pytest.mark.parametrize("high", [1.004, 1.02, 1.5, 2.0])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_with_a_maximum_between_1_and_2_are_refused_with_both_readings(processor, dtype, high):
+    image = np.linspace(0, high, 108, dtype=dtype).reshape(6, 6, 3)
+    with pytest.raises(ValueError, match="meant from 0 to 1 pass do_rescale=False.*from 0 to 255 the image is black"):
+        processor(image)
+
+
+def test_the_overshoot_of_a_resize_is_clipped(processor, photo):
+    unit = np.asarray(photo).astype(np.float32) / 255
+    over = np.clip((unit - 0.5) * 1.1 + 0.5, -0.05, 1.05)
+    assert over.min() < 0 and over.max() > 1
+    want = processor(np.clip(over, 0, 1), do_rescale=False, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(over, do_rescale=False, return_tensors="pt")["pixel_values"], want)
+    want = processor(np.clip(over, 0, 1) * 255, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(processor(over * 255, return_tensors="pt")["pixel_values"], want, rtol=0, atol=1e-5)
+    for level in (1.02, -0.01):
+        assert values(processor, np.full((8, 8), level), do_rescale=False).max() == (1 if level > 1 else 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (4, 8, 8), (2, 8, 8, 3)])
+def test_one_value_that_is_no_number_is_enough_to_refuse_an_image(processor, value, shape):
+    image = np.full(shape, 0.5)
+    image.flat[7] = value
+    for given in (image, torch.tensor(image), list(image) if image.ndim == 4 else [image]):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            processor(given, do_rescale=False)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 4), (4, 40, 3), (3, 40, 3), (1, 40, 3), (4, 3, 1), (3, 3, 3)])
+def test_an_ambiguous_shape_asks_for_the_layout(processor, shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for given in (image, torch.tensor(image), image[None]):
+        with pytest.raises(ValueError, match="channels first or last.*input_data_format"):
+            processor(given)
+    last = processor(image, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+    first = processor(image, input_data_format="channels_first", return_tensors="pt")["pixel_values"]
+    assert not torch.equal(first, last)
+    moved = processor(np.moveaxis(image, 0, -1), input_data_format="channels_last", return_tensors="pt")
+    assert torch.equal(first, moved["pixel_values"])
+
+
+def test_an_unknown_layout_is_refused(processor, photo):
+    with pytest.raises(ValueError, match='"channels_first" or "channels_last", got \'last\''):
+        processor(np.asarray(photo), input_data_format="last")
+
+
+class Column:
+    """What `dataset["image"]` gives: a sequence that is no list."""
+
+    def __init__(self, images: list):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+def array_of_objects(images: list) -> np.ndarray:
+    array = np.empty(len(images), dtype=object)
+    array[:] = images
+    return array
+
+
+@pytest.mark.parametrize("kind", [list, tuple, Column, array_of_objects, iter])
+def test_several_images_come_in_every_usual_sequence(processor, photo, kind):
+    path = FIXTURES / REFERENCE_IMAGES[0]
+    images = [photo, str(path), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}, np.asarray(photo)]
+    got = processor(kind(images), return_tensors="pt")["pixel_values"]
+    assert got.shape[0] == len(images) and all(torch.equal(one, got[0]) for one in got)
