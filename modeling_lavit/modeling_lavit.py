@@ -124,7 +124,6 @@ class LavitModel(LavitPreTrainedModel):
             self.visual_tokenizer = LavitVisualTokenizer._from_config(
                 config.visual_config, attn_implementation=visual_attention
             )
-            # frozen here, as is its mode (see `train`): its own stage trains it as a model of its own
             self.visual_tokenizer.requires_grad_(False)
             self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -137,11 +136,12 @@ class LavitModel(LavitPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "LavitModel":
-        """As every module's, but the visual tokenizer stays in eval mode: it is frozen here, and the running
-        statistics of its batch norms with it. Its own stage trains it as a model of its own."""
+        """As every module's, but the visual tokenizer is frozen here, and in eval mode with the running statistics of
+        its batch norms: its own stage trains it as a model of its own."""
         super().train(mode)
         if self.visual_tokenizer is not None:
-            self.visual_tokenizer.eval()
+            # loading makes new parameters, and ends with eval()
+            self.visual_tokenizer.eval().requires_grad_(False)
         return self
 
     @can_return_tuple

@@ -2,12 +2,14 @@
 
 import copy
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from packaging.version import Version
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -434,6 +436,10 @@ def test_offload_and_slicing_change_no_result(pipe):
     torch.testing.assert_close(again, pipe.reconstruct(an_image(), generator=seeded(0), output_type="pt").images)
 
 
+@pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.42") and not torch.accelerator.is_available(),
+    reason="below 0.42 group offload of diffusers itself needs an accelerator",
+)
 def test_group_offload_changes_no_result(highres):
     fresh = tiny_pipeline()
     fresh.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
@@ -544,3 +550,35 @@ def test_the_any_to_any_task_reads_and_draws(folder, highres, monkeypatch):
     task.model.set_pixel_decoder(highres)
     drawn = task(text="a red apple", generation_mode="image")
     assert isinstance(drawn[0]["generated_image"], Image.Image)
+
+
+def test_of_several_candidates_the_reranker_keeps_one_with_its_visual_tokens(pipe):
+    seen = []
+
+    def darkest(images, texts):
+        seen.extend(texts)
+        return [-float(np.asarray(image).mean()) for image in images]
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    drawn = pipe(["a cat", "a dog"], num_images_per_prompt=3, generator=generators)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    best = pipe(["a cat", "a dog"], num_candidates=3, reranker=darkest, generator=generators)
+    means = np.array([np.asarray(image).mean() for image in drawn.images]).reshape(2, 3)
+    kept = [int(row.argmin()) + 3 * i for i, row in enumerate(means)]
+    assert seen == ["a cat"] * 3 + ["a dog"] * 3 and len(best.images) == 2
+    for i, (image, own_codes) in enumerate(zip(best.images, best.visual_tokens.split(), strict=True)):
+        assert np.array_equal(np.asarray(image), np.asarray(drawn.images[kept[i]]))
+        assert torch.equal(own_codes, drawn.visual_tokens.split()[kept[i]])
+
+
+def test_candidates_need_a_reranker_and_the_other_way_round(pipe):
+    def nothing(images, texts):
+        return [0.0]
+
+    for arguments in ({"num_candidates": 2}, {"reranker": nothing}):
+        with pytest.raises(ValueError, match="a reranker chooses among candidates"):
+            pipe("a cat", **arguments)
+    with pytest.raises(ValueError, match="give a prompt"):
+        pipe("a cat", num_candidates=2, reranker=nothing, output_type="latent")
+    with pytest.raises(ValueError, match=r"scores of shape \(1,\) for 2 images"):
+        pipe("a cat", num_candidates=2, reranker=nothing)

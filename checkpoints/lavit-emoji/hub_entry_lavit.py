@@ -2,6 +2,7 @@
 
 from .chat_template_lavit import __doc__ as _
 from .calls_lavit import __doc__ as _
+from .candidates_lavit import __doc__ as _
 from .checks_lavit import __doc__ as _
 from .compat_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
@@ -16,6 +17,7 @@ from .generation_settings_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
 from .image_loading_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
+from .keeping_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
 from .loading_lavit import __doc__ as _
 from .logits_lavit import __doc__ as _
