@@ -203,7 +203,7 @@ GENERATE = ("generate", "a red apple", "-o", "new.png")
         (("caption", "text.png"), "text.png is not an image"),
         (("ask", "cut.png", "what is it?"), "cut.png cannot be decoded, it is truncated or damaged"),
         (("reconstruct", "cut.png", "-o", "new.png"), "cut.png cannot be decoded"),
-        (("ask", PICTURE, "[IMG]"), "mark pictures by <image>"),
+        (("ask", PICTURE, "[IMG]"), "mark images by <image>"),
         (("ask", PICTURE, " "), "argument question: it is empty"),
         (("generate", "", "-o", "new.png"), "argument prompt: it is empty"),
         (("generate", "two cats " * 200, "-o", "new.png"), "shorten"),

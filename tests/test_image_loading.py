@@ -282,7 +282,7 @@ def test_an_image_comes_from_every_usual_source(kind, png, photo, tmp_path):
         ("/dev/zero", "no image file at /dev/zero"),
         (io.StringIO("text"), "open it in binary mode"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if hasattr(value, "read") else str(value),
 )
 def test_sources_without_an_image_are_named(source, message):
     with pytest.raises(ValueError, match=message):
