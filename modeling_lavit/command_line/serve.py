@@ -50,10 +50,9 @@ def run_server(options: argparse.Namespace):
     """`lavit serve`"""
     source = model_source(options)
     device, _ = device_and_dtype(options)
-    # read when Ray is imported
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # read by Ray, and by the libraries of its workers: threads that wait do not spin, others may need the cores
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_WAIT_POLICY", "passive")):
+        os.environ.setdefault(name, value)
     from modeling_lavit.serving.application import serve_until_interrupted
     from modeling_lavit.serving.settings import ServeSettings
 

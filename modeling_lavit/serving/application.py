@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 import ray
+import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -45,6 +46,7 @@ def app(settings: ServeSettings) -> Application:
         LavitEngine,
         name=LavitEngine.__name__,
         num_replicas=settings.replicas,
+        ray_actor_options=resources(settings),
         # one batch runs, the next one waits in the replica
         max_ongoing_requests=2 * settings.max_batch_size,
         max_queued_requests=settings.max_queue,
@@ -60,9 +62,18 @@ def app(settings: ServeSettings) -> Application:
         name=LavitServer.__name__,
         # requests wait at the engine, where what is too much is refused as the API's error
         max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.2,
     )
     return server.bind(engine.bind(settings))
+
+
+def resources(settings: ServeSettings) -> dict[str, float]:
+    """Of one replica of the model: a GPU, or its share of the cores (Ray gives it as many threads)."""
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        return {"num_cpus": max(1, (os.cpu_count() or 1) // settings.replicas)}
+    return {"num_cpus": 1, "num_gpus": 1}
 
 
 async def count_replicas() -> int:
