@@ -182,5 +182,40 @@ class LavitConfig(PreTrainedConfig):
             )
 
     @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding of the matrices included: the language model's."""
+        return self.text_config.vocab_size
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `[IMG]`, which opens every image."""
+        return self.vocabulary.boi_token_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The language model's, as are `bos_token_id` and `eos_token_id`; trainers set them."""
+        return self.text_config.pad_token_id
+
+    @pad_token_id.setter
+    def pad_token_id(self, value: int | None) -> None:
+        self.text_config.pad_token_id = value
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.text_config.bos_token_id
+
+    @bos_token_id.setter
+    def bos_token_id(self, value: int | None) -> None:
+        self.text_config.bos_token_id = value
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        return self.text_config.eos_token_id
+
+    @eos_token_id.setter
+    def eos_token_id(self, value: int | list[int] | None) -> None:
+        self.text_config.eos_token_id = value
+
+    @property
     def vocabulary(self) -> LavitVocabulary:
         return LavitVocabulary(self.text_vocab_size, self.visual_config.codebook_size)

@@ -320,7 +320,7 @@ def test_a_decoder_of_the_official_size_offers_the_official_aspect_ratios(highre
         ({"visual_tokens": codes(3), "generator": [seed(0)] * 2}, "1 images are drawn, but 2 generators"),
         ({"visual_tokens": codes(3, NUM_PATCHES + 1)}, "17 codes"),
         ({"visual_tokens": [torch.tensor([CODEBOOK_SIZE])]}, "codes must be in"),
-        ({"visual_tokens": []}, "a 1-D tensor of codes for each image"),
+        ({"visual_tokens": []}, "a 1-D tensor of codes"),
         ({"visual_tokens": codes(3), "top_k": 3}, "top_k"),
         ({"prompt": "a", "max_image_tokens": NUM_PATCHES + 1}, "takes 16 visual tokens at most"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["x"]}, "callback_on_step_end_tensor_inputs"),

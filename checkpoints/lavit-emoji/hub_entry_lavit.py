@@ -1,5 +1,6 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
+from .chat_template_lavit import __doc__ as _
 from .compat_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
 from .decoding_lavit import __doc__ as _
@@ -8,6 +9,7 @@ from .drafts_lavit import __doc__ as _
 from .filling_lavit import __doc__ as _
 from .generation_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
+from .image_loading_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
 from .loading_lavit import __doc__ as _
@@ -19,6 +21,7 @@ from .modeling_lavit_visual_tokenizer import __doc__ as _
 from .outputs_lavit import __doc__ as _
 from .pipeline_lavit import __doc__ as _
 from .pipeline_text_to_image import __doc__ as _
+from .post_processing_lavit import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
 from .slots_lavit import __doc__ as _
