@@ -8,6 +8,8 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "processing" / "__init__.py").is_file():
     __path__.append(str(_root))
 
+from . import compat_lavit as _  # noqa: E402, F401  # isort: skip  (first: it checks the versions)
+
 from transformers import AutoModelForMultimodalLM  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
@@ -19,11 +21,12 @@ from .configuration_lavit import (  # noqa: E402
 from .hub_lavit import load_without_flag, register_classes  # noqa: E402
 from .modeling_lavit import LavitForConditionalGeneration, LavitModel  # noqa: E402
 from .modeling_lavit_detokenizer import LavitDetokenizer  # noqa: E402
-from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer, LavitVisualTokens  # noqa: E402
+from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer  # noqa: E402
 from .pipeline_lavit import LavitPipeline  # noqa: E402
 from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
 from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
 from .small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel  # noqa: E402
+from .visual_tokens_lavit import LavitVisualTokens  # noqa: E402
 from .vocabulary_lavit import LavitVocabulary  # noqa: E402
 
 

@@ -26,7 +26,7 @@ class LavitApp:
     def __init__(self, pipe):
         self.pipe, self.processor, self.model = pipe, pipe.processor, pipe.model
         self.factor = max(1, SCREEN_SIZE // max(pipe.default_size))
-        self.ratios = list(pipe.config.aspect_ratios)
+        self.ratios = list(pipe.defaults.aspect_ratios)
         # drawn images of chats, which later turns read again; goes with the app
         self.folder = tempfile.TemporaryDirectory(prefix="lavit-app-")
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from ..configuration_lavit import LavitVisualTokenizerConfig
+from ..encoder_lavit import build_encoder
 from ..evaluation.judge import Judge
-from ..modeling_lavit_visual_tokenizer import build_encoder
 from .data import (
     PictureDataset,
     SampleNoise,
