@@ -12,6 +12,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_lavit import SELECTIONS, LavitVisualTokenizerConfig
 from .encoder_lavit import build_encoder
+from .keeping_lavit import keep_best, keep_for_quality
 from .layers_lavit import LavitLayer, mixed_precision, take_rows
 from .loading_lavit import StrictLoadingMixin
 from .visual_tokens_lavit import LavitVisualFeatures, LavitVisualTokens
@@ -224,16 +225,24 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
         keep_ratio: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         gumbel_noise: torch.Tensor | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
+        detokenizer: PreTrainedModel | None = None,
     ) -> tuple[torch.BoolTensor, torch.Tensor]:
         """Decides which patches are kept; at least one of every image.
 
         Args:
             features: (B, N, C) of the encoder.
             selection: `"sample"`, `"argmax"` or `"all"`; the config's when None.
-            keep_ratio: share of the patches to keep, the most probable ones, whatever `selection` says.
+            keep_ratio: `keep` as a share.
             generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
                 gets the noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
+            keep: the most probable patches, whatever `selection` says: a share (float), a number (int), or
+                `"threshold=0.7"`, a probability; see [`keep_best`].
+            target_quality: so few of the most probable patches that their tokens are decoded to features of this
+                cosine with the encoder's; see [`keep_for_quality`].
+            detokenizer: that decodes them.
 
         Returns:
             keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
@@ -245,12 +254,12 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
             raise ValueError(f"selection must be one of {SELECTIONS}, got {selection!r}")
         log_probs = self.selector(features)
         batch, patches, _ = log_probs.shape
-        if keep_ratio is not None:
-            if not 0 < keep_ratio <= 1:
-                raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
-            scores = log_probs[..., 0] - log_probs[..., 1]
-            best = scores.topk(max(1, round(keep_ratio * patches)), dim=1).indices
-            return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True), log_probs
+        if sum(dial is not None for dial in (keep_ratio, keep, target_quality)) > 1:
+            raise ValueError("give one of keep_ratio, keep and target_quality")
+        if target_quality is not None:
+            return keep_for_quality(self, features, log_probs, target_quality, detokenizer), log_probs
+        if keep_ratio is not None or keep is not None:
+            return keep_best(log_probs, keep if keep_ratio is None else float(keep_ratio)), log_probs
         if selection == "all":
             return torch.ones(batch, patches, dtype=torch.bool, device=log_probs.device), log_probs
         scores = log_probs

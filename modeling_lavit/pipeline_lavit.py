@@ -397,6 +397,8 @@ class LavitPipeline(
         image: Part | list[Part],
         selection: str | None = None,
         keep_ratio: float | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
         reference_compat: bool = False,
         **decode_kwargs,
     ) -> LavitPipelineOutput | tuple:
@@ -404,12 +406,21 @@ class LavitPipeline(
 
         Args:
             image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio: which patches are kept, see [`LavitVisualTokenizer.tokenize`].
+            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
+                see [`LavitVisualTokenizer.select`].
             reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
             decode_kwargs: of a call with `visual_tokens`.
         """
         prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
         pixel_values = prepared.pixel_values.to(self._execution_device)
         with self._calls.begin(one_at_a_time=self._takes_turns):
-            visual_tokens = tokenize_images(self.model, pixel_values, selection=selection, keep_ratio=keep_ratio)
+            visual_tokens = tokenize_images(
+                self.model,
+                pixel_values,
+                selection=selection,
+                keep_ratio=keep_ratio,
+                keep=keep,
+                target_quality=target_quality,
+                detokenizer=self.detokenizer,
+            )
             return self(visual_tokens=visual_tokens, **decode_kwargs)

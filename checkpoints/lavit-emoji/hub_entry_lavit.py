@@ -16,6 +16,7 @@ from .generation_settings_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
 from .image_loading_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
+from .keeping_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
 from .loading_lavit import __doc__ as _
 from .logits_lavit import __doc__ as _
