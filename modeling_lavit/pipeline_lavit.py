@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .calls_lavit import LavitCallsMixin, RunningCalls
+from .candidates_lavit import Reranker, check_candidates, keep_best_candidates
 from .checks_lavit import (
     as_generators,
     as_visual_tokens,
@@ -289,6 +290,8 @@ class LavitPipeline(
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
+        num_candidates: int = 1,
+        reranker: Reranker | None = None,
         **token_kwargs,
     ) -> LavitPipelineOutput | tuple:
         """Draws.
@@ -311,6 +314,9 @@ class LavitPipeline(
             callback_on_step_end: `callback(pipe, step, timestep, tensors)` -> dict, after every denoising step; `pipe`
                 is the `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it),
                 which has this pipeline's components too.
+            num_candidates, reranker: so many drawings for each image, of which the one is kept to which
+                `reranker(images, texts)` gives the highest score, such as `evaluation.clip_score.ClipScorer`. There is
+                a generator for each drawing.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
 
@@ -337,6 +343,8 @@ class LavitPipeline(
             callback_on_step_end_tensor_inputs,
             token_kwargs,
         )
+        check_candidates(num_candidates, reranker, prompt, output_type)
+        num_images_per_prompt *= num_candidates
         if visual_tokens is not None:
             visual_tokens = as_visual_tokens(visual_tokens)
             num_images = len(visual_tokens.lengths) * num_images_per_prompt
@@ -387,6 +395,10 @@ class LavitPipeline(
                 images, flags = self.run_safety_checker(self.decode_latents(latents))
                 images = self.image_processor.postprocess(images.float(), output_type=output_type)
             self.maybe_free_model_hooks()
+        if reranker is not None:
+            images, visual_tokens, flags = keep_best_candidates(
+                reranker, num_candidates, prompt, images, visual_tokens, flags
+            )
         if not return_dict:
             return images, visual_tokens, flags
         return LavitPipelineOutput(images=images, visual_tokens=visual_tokens, nsfw_content_detected=flags)

@@ -1,6 +1,7 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
 from .calls_lavit import __doc__ as _
+from .candidates_lavit import __doc__ as _
 from .chat_template_lavit import __doc__ as _
 from .checks_lavit import __doc__ as _
 from .compat_lavit import __doc__ as _
