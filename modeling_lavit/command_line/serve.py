@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 
 from .common import device_and_dtype, model_source, positive_number
 
@@ -48,6 +49,11 @@ def add_commands(add) -> None:
 
 def run_server(options: argparse.Namespace):
     """`lavit serve`"""
+    try:
+        with socket.create_server((options.host, options.port)):
+            pass
+    except OSError as error:
+        raise OSError(f"{options.host}:{options.port} cannot be listened at: {error.strerror}") from error
     source = model_source(options)
     device, _ = device_and_dtype(options)
     # read by Ray, and by the libraries of its workers: threads that wait do not spin, others may need the cores

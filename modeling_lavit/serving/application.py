@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 
@@ -98,10 +97,8 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
         on_ready: called once requests are answered.
 
     Raises:
-        OSError: the port is taken, or the model cannot be loaded.
+        OSError: the model cannot be loaded.
     """
-    with socket.create_server((host, port)):
-        pass
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False, "num_cpus": os.cpu_count()} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level="error", **local)
