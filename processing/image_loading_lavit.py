@@ -68,14 +68,9 @@ def load_image(
         name, image = "the image", source
     else:
         name, file = _find(source, max_image_pixels, timeout, total_timeout)
-        with _decoding(name):
-            image = Image.open(file)
+        image = _open(name, file, max_image_pixels)
     try:
         check_pixel_count(name, *image.size, max_image_pixels)
-        with _decoding(name):
-            inner_sizes = list(_inner_sizes(image))
-        for width, height in inner_sizes:
-            check_pixel_count(f"{name} (what lies in it)", width, height, max_image_pixels)
         with _decoding(name):
             image.load()
         check_pixel_count(name, *image.size, max_image_pixels)
@@ -242,7 +237,8 @@ def _fetch(url: str, max_bytes: int, timeout: float, total_timeout: float) -> by
     if "content" in result:
         return result["content"]
     error = result.get("error") or TimeoutError(f"it takes more than {total_timeout:g} seconds")
-    raise ValueError(f"the image {url} cannot be fetched: {str(error) or type(error).__name__}") from error
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise ValueError(f"the image {url} cannot be fetched: {reason}") from error
 
 
 def _fetch_until(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
@@ -261,33 +257,54 @@ def _fetch_until(url: str, max_bytes: int, timeout: float, deadline: float) -> b
     return bytes(content)
 
 
-def _inner_sizes(image: Image.Image) -> Iterator[tuple[int, int]]:
-    """Declared sizes of what decoding a container allocates besides the image's own size."""
-    if image.format == "TIFF" and all(tag in image.tag_v2 for tag in TIFF_TILE_SIZE):
-        yield tuple(image.tag_v2[tag] for tag in TIFF_TILE_SIZE)
-    if image.format in ("ICO", "ICNS") and image.fp is not None:
-        for content in _contained_files(image):
-            try:
-                with Image.open(io.BytesIO(content)) as inner:
-                    yield inner.size
-            except (OSError, SyntaxError, ValueError, struct.error):
-                continue  # raw pixels of the size that the container declares, or one that Pillow will not choose
+def _open(name: str, file: Path | io.BytesIO, max_image_pixels: int) -> Image.Image:
+    """An image that is not decoded yet, and declares nothing, besides its own size, that is beyond the limit."""
+    with _decoding(name):
+        sizes = _sizes_inside(file)
+    for width, height in sizes:
+        check_pixel_count(name, width, height, max_image_pixels)
+    with _decoding(name):
+        image = Image.open(file)
+        is_tiled = image.format == "TIFF" and all(tag in image.tag_v2 for tag in TIFF_TILE_SIZE)
+        tile = tuple(int(image.tag_v2[tag]) for tag in TIFF_TILE_SIZE) if is_tiled else image.size
+    check_pixel_count(f"a tile of {name}" if is_tiled else name, *tile, max_image_pixels)
+    return image
 
 
-def _contained_files(image: Image.Image) -> list[bytes]:
-    """The files of which an opened ICO or ICNS consists."""
-    image.fp.seek(0)
-    content = image.fp.read()
-    if image.format == "ICNS":
-        files, start = [], 8
-        while start + 8 <= len(content):
-            length = max(struct.unpack_from(">I", content, start + 4)[0], 8)
-            files.append(content[start + 8 : start + length])
+def _sizes_inside(file: Path | io.BytesIO) -> list[tuple[int, int]]:
+    """Declared sizes of what Pillow decodes, or allocates, as soon as it opens a container."""
+    opened = file.open("rb") if isinstance(file, Path) else file
+    try:
+        head = opened.read(30)
+        opened.seek(0)
+        if head[8:16] == b"WEBPVP8X" and len(head) == 30:
+            return [tuple(int.from_bytes(head[start : start + 3], "little") + 1 for start in (24, 27))]
+        if head.startswith((b"\0\0\1\0", b"icns")):
+            return list(_sizes_of_files_in(opened.read()))
+        return []
+    finally:
+        opened.close() if opened is not file else file.seek(0)
+
+
+def _sizes_of_files_in(container: bytes) -> Iterator[tuple[int, int]]:
+    """Sizes that the files of which an ICO or ICNS consists declare, where those are files and not raw pixels."""
+    spans = []
+    if container.startswith(b"icns"):
+        start = 8
+        while start + 8 <= len(container):
+            length = max(struct.unpack_from(">I", container, start + 4)[0], 8)
+            spans.append((start + 8, start + length))
             start += length
-        return files
-    count = struct.unpack_from("<H", content, 4)[0]
-    entries = [struct.unpack_from("<II", content, 6 + 16 * i + 8) for i in range(count) if 22 + 16 * i <= len(content)]
-    return [content[start : start + length] for length, start in entries]
+    else:
+        for i in range(min(struct.unpack_from("<H", container, 4)[0], (len(container) - 6) // 16)):
+            length, start = struct.unpack_from("<II", container, 6 + 16 * i + 8)
+            spans.append((start, start + length))
+    for start, end in spans:
+        try:
+            with Image.open(io.BytesIO(container[start:end])) as image:
+                yield image.size
+        except (OSError, SyntaxError, ValueError, struct.error):
+            continue
 
 
 def _orientation(image: Image.Image) -> int:

@@ -28,9 +28,9 @@ SUPPORTED_TEXT_KWARGS = {
 
 
 class LavitProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {}  # noqa: RUF012  versions of transformers below 5.21.1 read it
+
     images_kwargs: LavitImageProcessorKwargs
-    generation_mode: str
-    reference_compat: bool
 
 
 class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, ProcessorMixin):
