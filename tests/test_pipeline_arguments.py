@@ -1,5 +1,7 @@
 """What LavitPipeline takes and refuses: prompts in every form, generators, settings out of range."""
 
+import io
+
 import numpy as np
 import pandas
 import pytest
@@ -192,6 +194,17 @@ def test_strings_in_a_prompt_are_text_even_where_they_look_like_paths(pipe, tmp_
     monkeypatch.chdir(tmp_path)
     an_image().save("cat.png")
     assert written(pipe, ["cat.png"], generator=seeded(0)) == written(pipe, "cat.png", generator=seeded(0))
+
+
+def test_images_of_a_prompt_come_as_paths_files_bytes_or_rows_of_datasets(pipe, tmp_path):
+    path = tmp_path / "cat.png"
+    an_image().save(path)
+    wanted = written(pipe, [an_image(), "in snow"], generator=seeded(0))
+    with path.open("rb") as file:
+        for part in (path, file, io.BytesIO(path.read_bytes()), path.read_bytes(), {"bytes": path.read_bytes()}):
+            assert written(pipe, [part, "in snow"], generator=seeded(0)) == wanted
+    assert written(pipe, [{"bytes": None, "path": str(path)}, "in snow"], generator=seeded(0)) == wanted
+    assert written(pipe, path, generator=seeded(0)) == written(pipe, an_image(), generator=seeded(0))
 
 
 def test_a_negative_prompt_stands_in_the_unconditional_stream(pipe):
