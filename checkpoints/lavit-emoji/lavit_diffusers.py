@@ -33,6 +33,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
@@ -72,6 +73,7 @@ from .lavit_transformers import (
     is_plain_name,
     make_card,
     name_classes,
+    read_config,
     read_json_object,
     read_shapes,
     read_weight_map,
@@ -294,11 +296,25 @@ def check_scheduler(scheduler, num_inference_steps: int):
 
 
 def check_interval(interval: tuple[float, float]):
-    start, stop = interval
-    if not 0 <= start < stop <= 1:
+    if not _is_pair(interval) or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(
-            f"decoder_guidance_interval must be (start, stop) with 0 <= start < stop <= 1, got {(start, stop)}"
+            f"decoder_guidance_interval must be (start, stop) with 0 <= start < stop <= 1, got {interval!r}"
         )
+
+
+def check_pair(name: str, value: tuple[int, int] | None):
+    if value is not None and not _is_pair(value):
+        raise ValueError(f"{name} must be two numbers of pixels, got {value!r}")
+
+
+def _is_pair(value: Any) -> bool:
+    numeric = isinstance(value, list | tuple) and all(isinstance(one, numbers.Real) for one in value)
+    return numeric and len(value) == 2
+
+
+def check_tensor_inputs(given: Sequence[str], allowed: list[str]):
+    if not isinstance(given, list | tuple) or not set(given) <= set(allowed):
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {allowed}, got {given!r}")
 
 
 def check_output_type(output_type: str, vae):
@@ -619,6 +635,15 @@ class LavitDenoiser(StableDiffusionXLPipeline):
     def interrupt(self) -> bool:
         return self._interrupt or self._call.interrupted
 
+    def __call__(self, *args, callback_on_step_end: Callable | None = None, **kwargs):
+        callback = callback_on_step_end
+        if callback is not None and not isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+
+            def callback_on_step_end(*given):
+                return callback(*given) or {}
+
+        return super().__call__(*args, callback_on_step_end=callback_on_step_end, **kwargs)
+
     def progress_bar(self, iterable=None, total: int | None = None):
         return self._pipeline.progress_bar(iterable, total)
 
@@ -753,11 +778,13 @@ def load_without_flag(pipeline):
         if cls is base:
             try:
                 where = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
-                is_ours = read_index(source, **where).get("_class_name") == named
+                index = read_index(source, **where)
             except OSError:
                 # diffusers says what is wrong
-                is_ours = False
-            if is_ours:
+                index = {}
+            if isinstance(index.get("_class_name"), list):
+                component_names(index)
+            if index.get("_class_name") == named:
                 return pipeline.from_pretrained(source, **kwargs)
         return load(cls, source, **kwargs)
 
@@ -894,6 +921,11 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
         ValueError: a file names others outside the folder; configurations and weights differ in size.
     """
     index = read_index(folder)
+    if "model" not in given:
+        read_config(folder)
+    for name in ("processor_config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
     for name in component_names(index):
         part = folder / name
         if name in given or name in AT_ROOT or not (part / "config.json").is_file():
@@ -1051,6 +1083,18 @@ def _library_of(component) -> str:
 # The second stage of [`LavitPipeline`], step by step: visual tokens to conditions, noise, and latents to images.
 
 
+LOADING_OPTIONS = (
+    "cache_dir",
+    "dtype",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+    "torch_dtype",
+)
+
+
 class LavitPixelsMixin:
     """What stands before and behind the denoising loop."""
 
@@ -1158,9 +1202,31 @@ def _in_full_precision(vae, device: torch.device):
     return copy
 
 
+def load_pixel_decoder(source: str | os.PathLike, folder: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Detokenizer, UNet, VAE and scheduler from a subfolder of a checkpoint, those apart that are `given`.
+
+    Returns:
+        `given`, the arguments of a `from_pretrained`, and the components.
+    """
+    options = {name: given[name] for name in LOADING_OPTIONS if name in given}
+    without_dtype = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
+    classes = {
+        "detokenizer": (LavitDetokenizer, options),
+        "unet": (UNet2DConditionModel, options),
+        "vae": (AutoencoderKL, options),
+        "scheduler": (DDIMScheduler, without_dtype),
+    }
+    loaded = {
+        name: component_class.from_pretrained(source, subfolder=f"{folder}/{name}", **its_options)
+        for name, (component_class, its_options) in classes.items()
+        if name not in given
+    }
+    return given | loaded
+
+
 # -------- tokens_lavit.py
 #
-# The first stage of [`LavitPipeline`]: prompts to visual tokens, by the language model.
+# The first stage of [`LavitPipeline`]: prompts to visual tokens, by the language model, or images themselves.
 
 
 class LavitTokensMixin:
@@ -1172,7 +1238,7 @@ class LavitTokensMixin:
         prompt: Prompt,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         negative_prompt: str | Iterable[str] | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -1191,8 +1257,8 @@ class LavitTokensMixin:
                 file, the bytes of one or `{"bytes": …, "path": …}`; strings are text.
             num_images_per_prompt: distinct draws for each prompt.
             generator: one, or one for each image (prompts * num_images_per_prompt, a prompt's images together).
-            guidance_scale: of the language model, from 0 on; 0 and 1 mean none. By default that of the checkpoint,
-                for text prompts or for prompts with images.
+            guidance_scale: of the language model, from 0 on, one for all or one for each prompt; 0 and 1 mean none.
+                By default that of the checkpoint, for text prompts or for prompts with images.
             negative_prompt: text that the images are guided away from, one for all prompts or one for each; what
                 stands in the unconditional stream, which is empty without it (and with `""`).
             temperature, top_k, top_p: of the sampling; by default as the model's generation config says.
@@ -1257,10 +1323,47 @@ class LavitTokensMixin:
             raise ValueError(f"images {empty} were left without visual tokens: allow more, or ask for more at least")
         return LavitVisualTokens(codes=vocabulary.codes_of(ids[is_code]), lengths=lengths)
 
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: Part | list[Part],
+        selection: str | None = None,
+        keep_ratio: float | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
+        reference_compat: bool = False,
+        **decode_kwargs,
+    ):
+        """Images to visual tokens and back: what the tokens keep.
+
+        Args:
+            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
+            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
+                see [`LavitVisualTokenizer.select`].
+            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
+            decode_kwargs: of a call with `visual_tokens`, whose result is returned.
+        """
+        if isinstance(image, list | tuple) and not image:
+            raise ValueError("image is an empty list: give one image or more")
+        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
+        pixel_values = prepared.pixel_values.to(self._execution_device)
+        with self._calls.begin(one_at_a_time=self._takes_turns):
+            visual_tokens = _tokenize_images(
+                self.model,
+                pixel_values,
+                selection=selection,
+                keep_ratio=keep_ratio,
+                keep=keep,
+                target_quality=target_quality,
+                detokenizer=self.detokenizer,
+            )
+            return self(visual_tokens=visual_tokens, **decode_kwargs)
+
     def _guidance_scales(self, prompts: list[list[Part]], given: Any) -> list[float]:
         """The language model's, one for each prompt."""
         if given is not None:
-            scales = list(given) if isinstance(given, Iterable) else [given] * len(prompts)
+            given = given.tolist() if isinstance(given, torch.Tensor) else given
+            scales = list(given) if isinstance(given, list | tuple) else [given] * len(prompts)
         else:
             defaults = self.defaults
             scales = [
@@ -1310,7 +1413,7 @@ def _generate(model, **kwargs) -> torch.LongTensor:
 
 
 @apply_forward_hook
-def tokenize_images(model, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
+def _tokenize_images(model, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
     """(images, 3, height, width) normalised pixels to visual tokens; see `LavitVisualTokenizer.select`."""
     return model.get_image_tokens(pixel_values, **selection)
 
@@ -1318,18 +1421,6 @@ def tokenize_images(model, pixel_values: torch.Tensor, **selection) -> LavitVisu
 # -------- pipeline_lavit.py
 #
 # LavitPipeline: prompts to visual tokens (the language model), visual tokens to pixels (detokenizer, UNet, VAE).
-
-
-LOADING_OPTIONS = (
-    "cache_dir",
-    "dtype",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "token",
-    "torch_dtype",
-)
 
 
 @dataclass
@@ -1472,21 +1563,7 @@ class LavitPipeline(
                 main ones: "lowres" in folders converted with both decoders.
         """
         if pixel_decoder is not None:
-            forwarded = {name: kwargs[name] for name in LOADING_OPTIONS if name in kwargs}
-            classes = {
-                "detokenizer": LavitDetokenizer,
-                "unet": UNet2DConditionModel,
-                "vae": AutoencoderKL,
-                "scheduler": DDIMScheduler,
-            }
-            for name, component_class in classes.items():
-                is_model = component_class is not DDIMScheduler
-                options = {k: v for k, v in forwarded.items() if is_model or k not in ("dtype", "torch_dtype")}
-                subfolder = f"{pixel_decoder}/{name}"
-                if name not in kwargs:
-                    kwargs[name] = component_class.from_pretrained(
-                        pretrained_model_name_or_path, subfolder=subfolder, **options
-                    )
+            kwargs = load_pixel_decoder(pretrained_model_name_or_path, pixel_decoder, kwargs)
             # those that an earlier version of this class wrote into model_index.json are of the main decoder
             kwargs.setdefault("aspect_ratios", None)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -1535,12 +1612,7 @@ class LavitPipeline(
         check_scale("guidance_rescale", guidance_rescale, "0 means none")
         check_interval(decoder_guidance_interval)
         check_output_type(output_type, self.vae)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
-                f"got {sorted(unknown)}"
-            )
+        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     @torch.no_grad()
     def __call__(
@@ -1589,12 +1661,10 @@ class LavitPipeline(
                 image of a batch is the image drawn alone with its generator.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: whether to return a [`LavitPipelineOutput`] or a tuple with its entries.
-            callback_on_step_end: `callback(pipe, step, timestep, tensors)` -> dict, after every denoising step; `pipe`
-                is the `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it),
-                which has this pipeline's components too.
-            num_candidates, reranker: so many drawings for each image, of which the one is kept to which
-                `reranker(images, texts)` gives the highest score, such as `evaluation.clip_score.ClipScorer`. There is
-                a generator for each drawing.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors)` after every denoising step, which returns
+                a dict of the tensors that it changes, or None; or a `PipelineCallback` of diffusers. `pipe` is the
+                `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it), which
+                has this pipeline's components too.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
 
@@ -1630,6 +1700,10 @@ class LavitPipeline(
             prompt = as_batch(prompt)
             num_images = len(prompt) * num_images_per_prompt
         generator = as_generators(generator, num_images)
+        check_scale("eta", eta, "0 means none")
+        check_pair("original_size", original_size)
+        check_pair("crops_coords_top_left", crops_coords_top_left)
+        check_pair("target_size", target_size)
         size = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
         height, width = height or size[0], width or size[1]
         if latents is not None:
@@ -1680,40 +1754,6 @@ class LavitPipeline(
         if not return_dict:
             return images, visual_tokens, flags
         return LavitPipelineOutput(images=images, visual_tokens=visual_tokens, nsfw_content_detected=flags)
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        image: Part | list[Part],
-        selection: str | None = None,
-        keep_ratio: float | None = None,
-        keep: float | int | str | None = None,
-        target_quality: float | None = None,
-        reference_compat: bool = False,
-        **decode_kwargs,
-    ) -> LavitPipelineOutput | tuple:
-        """Images to visual tokens and back: what the tokens keep.
-
-        Args:
-            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
-                see [`LavitVisualTokenizer.select`].
-            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
-            decode_kwargs: of a call with `visual_tokens`.
-        """
-        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
-        pixel_values = prepared.pixel_values.to(self._execution_device)
-        with self._calls.begin(one_at_a_time=self._takes_turns):
-            visual_tokens = tokenize_images(
-                self.model,
-                pixel_values,
-                selection=selection,
-                keep_ratio=keep_ratio,
-                keep=keep,
-                target_quality=target_quality,
-                detokenizer=self.detokenizer,
-            )
-            return self(visual_tokens=visual_tokens, **decode_kwargs)
 
 
 # -------- pipeline_text_to_image.py
