@@ -48,7 +48,7 @@ NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
 ENDING = rf"{APOSTROPHE}(?:[msdMSD]|re|ve|ll|RE|VE|LL)"
 NEGATION = rf"[nN]{ANY_APOSTROPHE}[tT]"
 ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+"
-HYPHENATED = rf"(?:{ACRONYM}\.|\d+\.\d+(?=[-_])|{LETTERS})(?:[-_]{LETTERS})*"
+HYPHENATED = rf"(?:{ACRONYM}\.|[A-Za-z]*\d+(?:\.[A-Za-z\d]+)+(?=[-_])|{LETTERS})(?:[-_]{LETTERS})*"
 SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"
 JOINED = r"[A-Z]+(?:(?:\+|&(?:amp;)?)[A-Z]+)+"
 ADDRESS_END = r"[^\s\"<>|.!?(){},\-]"
@@ -200,7 +200,8 @@ def tokenize(captions: list[str]) -> list[list[str]]:
     """The words of each caption.
 
     They are read as lines of one text, as the official programs do: in a few cases ("plan B." in front of "A man")
-    what a line begins with decides the end of the line before. Line breaks in a caption are spaces.
+    what a line begins with decides the end of the line before. Line breaks in a caption are spaces. A token that spans
+    words ("1 1/2") has no-break spaces inside.
     """
     lines = [" ".join(caption.splitlines()) for caption in captions]
     starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
