@@ -28,8 +28,8 @@ from .modeling_lavit_visual_tokenizer import __doc__ as _
 from .outputs_lavit import __doc__ as _
 from .pipeline_lavit import __doc__ as _
 from .pipeline_text_to_image import __doc__ as _
-from .post_processing_lavit import __doc__ as _
 from .pixels_lavit import __doc__ as _
+from .post_processing_lavit import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
 from .scoring_lavit import __doc__ as _

@@ -5,11 +5,11 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 
 import ray
+import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -45,6 +45,7 @@ def app(settings: ServeSettings) -> Application:
         LavitEngine,
         name=LavitEngine.__name__,
         num_replicas=settings.replicas,
+        ray_actor_options=resources(settings),
         # one batch runs, the next one waits in the replica
         max_ongoing_requests=2 * settings.max_batch_size,
         max_queued_requests=settings.max_queue,
@@ -60,9 +61,18 @@ def app(settings: ServeSettings) -> Application:
         name=LavitServer.__name__,
         # requests wait at the engine, where what is too much is refused as the API's error
         max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.2,
     )
     return server.bind(engine.bind(settings))
+
+
+def resources(settings: ServeSettings) -> dict[str, float]:
+    """Of one replica of the model: a GPU, or its share of the cores (Ray gives it as many threads)."""
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        return {"num_cpus": max(1, (os.cpu_count() or 1) // settings.replicas)}
+    return {"num_cpus": 1, "num_gpus": 1}
 
 
 async def count_replicas() -> int:
@@ -87,10 +97,8 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
         on_ready: called once requests are answered.
 
     Raises:
-        OSError: the port is taken, or the model cannot be loaded.
+        OSError: the model cannot be loaded.
     """
-    with socket.create_server((host, port)):
-        pass
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False, "num_cpus": os.cpu_count()} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level="error", **local)
