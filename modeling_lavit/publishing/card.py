@@ -171,7 +171,7 @@ def _kind(folder: Path) -> tuple[str, dict]:
             kind = kind or KINDS.get(config.get("model_type"))
             if kind:
                 return kind, config
-    if (folder / "processor_config.json").is_file():
+    if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return "processor", {}
     raise ValueError(f"{folder} holds no model, adapter, processor or pipeline of LaVIT")
 
