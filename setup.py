@@ -54,7 +54,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.16,<6",
         "diffusers>=0.40,<1",
-        "accelerate>=1.1",
+        "accelerate>=1.10.1",
         "huggingface_hub>=1.23",
         "safetensors",
         "pillow",

@@ -32,7 +32,7 @@ class LavitScoringMixin:
         return_greedy: bool = False,
         **selection,
     ) -> torch.Tensor | list[torch.Tensor] | tuple:
-        """Log-likelihoods of given texts, or of given images, behind every prompt.
+        """Log-likelihoods of given texts, or images, behind every prompt, which is read once for all of them.
 
         ```python
         prompts = processor(images=images, text=["<image>"] * len(images))
@@ -41,8 +41,6 @@ class LavitScoringMixin:
         prompts = processor(text=["a cat", "a dog"], generation_mode="image")
         model.score(**prompts, continuation_images=pixel_values)             # (2, images)
         ```
-
-        An image and its prompt are read once, however many continuations there are.
 
         Args:
             input_ids, attention_mask: (B, L) prompts.
@@ -67,14 +65,10 @@ class LavitScoringMixin:
         """
         if (continuations is None) == (continuation_images is None):
             raise ValueError("give either continuations, ids of texts, or continuation_images")
-        prompt = LavitPrompt(
-            *(self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values)), selection
-        )
-        drawing = continuation_images is not None
+        tensors = (self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values))
+        prompt, drawing = LavitPrompt(*tensors, selection), continuation_images is not None
         if drawing:
-            tokens = self.get_image_tokens(self._on_device(continuation_images), **selection)
-            end = tokens.codes.new_tensor([self.config.vocabulary.eoi_token_id])
-            continuations = [torch.cat([self.config.vocabulary.ids_of(codes), end]) for codes in tokens.split()]
+            continuations = self._image_ids(continuation_images, selection)
             prompt = begin_images(prompt, self.config.vocabulary, 0)
         own = [self._as_ids(texts) for texts in self._per_prompt(continuations, len(input_ids))]
         scores, greedy = [], []
@@ -87,6 +81,12 @@ class LavitScoringMixin:
         if drawing or not _is_nested(continuations):
             scores, greedy = torch.stack(scores), torch.stack(greedy)
         return (scores, greedy) if return_greedy else scores
+
+    def _image_ids(self, pixel_values: torch.Tensor, selection: dict) -> list[torch.LongTensor]:
+        """The images' code ids, `[/IMG]` behind each."""
+        tokens = self.get_image_tokens(self._on_device(pixel_values), **selection)
+        end = tokens.codes.new_tensor([self.config.vocabulary.eoi_token_id])
+        return [torch.cat([self.config.vocabulary.ids_of(codes), end]) for codes in tokens.split()]
 
     def _per_prompt(self, continuations: Sequence, prompts: int) -> list[Sequence[Ids]]:
         if not _is_nested(continuations):

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import signal
-import threading
+import time
 from collections.abc import Callable
 
 import ray
@@ -102,8 +102,6 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False, "num_cpus": os.cpu_count()} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level="error", **local)
-    # Ray has put a handler of its own there, which aborts the process
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
@@ -112,9 +110,13 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
         except RuntimeError as error:
             logs = "/tmp/ray/session_latest/logs/serve"
             raise OSError(f"the server did not start ({error}): the files of {logs} say why") from error
+        # Ray's own handler aborts the process; a second signal must not interrupt the stop
+        signals: list[int] = []
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, lambda number, frame: signals.append(number))
         on_ready()
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        while not signals:
+            time.sleep(0.2)
         with contextlib.suppress(TimeoutError):
             server.drain.remote(STOP_SECONDS).result()
     finally:

@@ -104,7 +104,7 @@ def test_coco_gets_fid_and_clip_score_beside_the_papers(tmp_path, clip, capsys):
     assert read(again / "results.json")["FID"] == results["FID"]
 
 
-def test_the_best_of_the_candidates_is_kept_and_a_score_by_its_judge_is_marked(tmp_path, clip):
+def test_the_best_of_the_candidates_is_kept_and_a_score_by_the_same_clip_is_marked(tmp_path, clip):
     options = {"model": None, "device": None, "num_inference_steps": 1}
     item = {"key": "0", "text": "a red apple", "files": ["0.png"], "images": 1}
     worker = DrawingWorker(folder=str(tmp_path), candidates=2, rerank=clip, **options)

@@ -8,7 +8,7 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tests.test_training_mixin import TrainingTesterMixin
-from tiny import BOI, CODEBOOK_DIM, CODEBOOK_SIZE, EOI, IMAGE_SIZE, NUM_PATCHES, tiny_config, tiny_visual_config
+from tiny import CODEBOOK_DIM, CODEBOOK_SIZE, IMAGE_SIZE, NUM_PATCHES, tiny_config, tiny_visual_config
 
 from modeling_lavit import (
     LavitConfig,
@@ -60,20 +60,66 @@ class ConfigTestMixin:
 
 
 class LavitModelTester(ModelTester):
-    """Prompts of text alone."""
+    """Each prompt has one image."""
 
     seq_length = 12
     num_attention_heads = 4
-    # of the ids that prompts are made of; the matrices have some rows more than there are ids
-    vocab_size = 99
+    # of the ids that texts are made of here; a common test makes the matrices as small as 128 rows
+    vocab_size = 50
     conditional_generation_class = LavitForConditionalGeneration
     base_model_class = LavitModel
+    num_features = (IMAGE_SIZE // 8) ** 2
 
     def get_config(self) -> LavitConfig:
         # every image has as many features, whatever its pixels
-        config = tiny_config(visual_config=tiny_visual_config(selection="all", patch_size=8))
-        config.text_config.vocab_size += 30
+        visual_config = tiny_visual_config(selection="all", patch_size=8)
+        config = tiny_config(text_vocab_size=self.vocab_size + 3, visual_config=visual_config)
+        config.text_config.vocab_size = config.vocabulary.size + 20
         config.text_config.pad_token_id = 0
+        return config
+
+    def get_inputs(self) -> dict:
+        vocabulary = self.get_config().vocabulary
+        input_ids = 3 + ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        input_ids[:, 4:6] = torch.tensor([vocabulary.boi_token_id, vocabulary.eoi_token_id])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": floats_tensor([self.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE]),
+        }
+
+
+class LavitModelTest(ConfigTestMixin, ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    all_model_classes = (LavitModel, LavitForConditionalGeneration)
+    config_class = LavitConfig
+    model_tester_class = LavitModelTester
+    additional_model_inputs = ["pixel_values"]
+    _is_composite = True
+
+    def _get_trainable_model_class(self):
+        return LavitForConditionalGeneration
+
+    # attentions and caches are of the positions that the language model computes on: a filled slot's features too
+
+    def _check_attentions_for_generate(self, batch_size, attentions, prompt_length, output_length, **kwargs):
+        more = self.model_tester.num_features
+        super()._check_attentions_for_generate(
+            batch_size, attentions, prompt_length + more, output_length + more, **kwargs
+        )
+
+    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
+        seq_length += self.model_tester.num_features
+        super()._check_past_key_values_for_generate(batch_size, past_key_values, seq_length, config)
+
+
+class LavitTextModelTester(LavitModelTester):
+    """Text alone: the model may do without its encoder."""
+
+    num_features = 0
+
+    def get_config(self) -> LavitConfig:
+        config = super().get_config()
+        config.generation_only = True
         return config
 
     def get_inputs(self) -> dict:
@@ -81,42 +127,8 @@ class LavitModelTester(ModelTester):
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-class LavitModelWithImagesTester(LavitModelTester):
-    """Prompts of text and one image."""
-
-    num_features = (IMAGE_SIZE // 8) ** 2
-
-    def get_inputs(self) -> dict:
-        inputs = super().get_inputs()
-        inputs["input_ids"][:, 4:6] = torch.tensor([BOI, EOI])
-        return inputs | {"pixel_values": floats_tensor([self.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE])}
-
-
-class LavitModelTest(ConfigTestMixin, ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
-    all_model_classes = (LavitModel, LavitForConditionalGeneration)
-    config_class = LavitConfig
-    model_tester_class = LavitModelTester
-    _is_composite = True
-
-    def _get_trainable_model_class(self):
-        return LavitForConditionalGeneration
-
-
-class LavitModelWithImagesTest(LavitModelTest):
-    model_tester_class = LavitModelWithImagesTester
-    additional_model_inputs = ["pixel_values"]
-
-    # attentions and caches are of the positions that the language model computes on: a filled slot's features too
-
-    def _check_attentions_for_generate(self, batch_size, attentions, prompt_length, output_length, *args):
-        more = self.model_tester.num_features
-        super()._check_attentions_for_generate(
-            batch_size, attentions, prompt_length + more, output_length + more, *args
-        )
-
-    def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
-        seq_length += self.model_tester.num_features
-        super()._check_past_key_values_for_generate(batch_size, past_key_values, seq_length, config)
+class LavitTextModelTest(LavitModelTest):
+    model_tester_class = LavitTextModelTester
 
 
 class LavitVisualTokenizerTester(ModelTester):
