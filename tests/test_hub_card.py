@@ -119,7 +119,7 @@ def test_training_images_and_licences_are_shown(folder):
     assert card.data.base_model == "me/base" and card.data.base_model_relation == "finetune"
     assert card.data.datasets == ["me/data"]
     assert "- recipe: finetune.yaml\n- steps: 100" in card.text and "![losses](losses.png)" in card.text
-    assert "![what it draws](samples.png)" in card.text and "See [LICENSE](LICENSE)." in card.text
+    assert "![what it draws](samples.png)" in card.text and "## Licence texts\n\n[LICENSE](LICENSE)" in card.text
     assert card.data.widget == [{"text": "a red apple", "output": {"url": "examples/a red apple.png"}}]
     assert card.data.thumbnail.endswith("/me/mine/resolve/main/examples/a%20red%20apple.png")
 
