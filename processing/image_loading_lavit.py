@@ -15,8 +15,9 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
-from huggingface_hub.utils import httpx
 from PIL import Image, ImageCms
+
+from modeling_lavit.compat_lavit import httpx
 
 
 MAX_IMAGE_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb
