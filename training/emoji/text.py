@@ -1,5 +1,4 @@
-"""The text side of a small model: a Llama tokenizer trained on its own sentences, and the sentences of the picture
-tasks."""
+"""The text side of a small model: a Llama tokenizer trained on its own sentences, and the sentences of its tasks."""
 
 import json
 import random
@@ -10,17 +9,17 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaTokenizer
 
+from modeling_lavit.training.data.samples import ANSWER_PROMPT
+from modeling_lavit.training.train_language_model import VISUAL_TOKENS
+
 
 NAME_AND_STYLE = "{name} in {style} style"
 DRAWING_PROMPTS = ("{name}", "a {name}", NAME_AND_STYLE, "a {name} in {style} style", "a {style} {name}")
 RESTYLING_PROMPTS = ("in {style} style", "the same in {style} style")
-ANSWER_PROMPT = "Question: {} Answer:"
 QUESTIONS = {
     "style": ("which style is this?", "what style is it?"),
     "name": ("what is it?", "what is this?"),
 }
-# What a text tokenizer gets above its own ids.
-VISUAL_TOKENS = {"boi_token": "[IMG]", "eoi_token": "[/IMG]"}
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 
 
@@ -52,7 +51,7 @@ def train_text_tokenizer(sentences: Iterable[str], vocab_size: int, model_max_le
 
 
 def sentences(names: list[str], styles: list[str]) -> list[str]:
-    """Every sentence that the picture tasks use, for the tokenizer."""
+    """Every sentence that the tasks use, for the tokenizer."""
     of_questions = [ANSWER_PROMPT.format(question) for questions in QUESTIONS.values() for question in questions]
     return [
         *names,
