@@ -3,12 +3,20 @@
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
-SUBPACKAGES = ("processing", "conversion", "training", "evaluation", "checkpoints")
 ROOT = Path(__file__).resolve().parent
+# folder of the checkout -> name of the package; packages inside them are found
+FOLDERS = {
+    "modeling_lavit": "modeling_lavit",
+    **{
+        name: f"modeling_lavit.{name}"
+        for name in ("processing", "conversion", "training", "evaluation", "checkpoints")
+    },
+}
+DATA = ["**/*.yaml", "**/*.json", "**/*.jinja", "**/*.txt"]
 
 
 class BuildWithModelCard(build_py):
@@ -27,30 +35,57 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    # transformers 5.23 and diffusers 0.42 need it
     python_requires=">=3.11",
-    packages=["modeling_lavit", "modeling_lavit.command_line", *(f"modeling_lavit.{name}" for name in SUBPACKAGES)],
-    package_dir={"modeling_lavit": "modeling_lavit", **{f"modeling_lavit.{name}": name for name in SUBPACKAGES}},
+    packages=[
+        package
+        for folder, name in FOLDERS.items()
+        for package in [name, *(f"{name}.{inner}" for inner in find_packages(str(ROOT / folder)))]
+    ],
+    package_dir={name: folder for folder, name in FOLDERS.items()},
     cmdclass={"build_py": BuildWithModelCard},
     package_data={
+        "modeling_lavit": ["py.typed"],
         "modeling_lavit.checkpoints": ["lavit-emoji/**/*"],
-        "modeling_lavit.training": ["recipes/*.yaml"],
+        "modeling_lavit.training": DATA,
+        "modeling_lavit.evaluation": DATA,
     },
+    # `modeling_lavit/compat_lavit.py` says the same range of transformers and diffusers
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.23,<6",
-        "diffusers>=0.42,<1",
-        "accelerate>=1.0",
-        "huggingface_hub>=2.0",
+        "transformers>=5.16,<6",
+        "diffusers>=0.40,<1",
+        "accelerate>=1.1",
+        "huggingface_hub>=1.23",
         "safetensors",
         "pillow",
         "numpy",
     ],
     extras_require={
         "train": ["datasets", "matplotlib", "peft", "resvg_py", "pyyaml"],
+        "evaluate": ["datasets", "matplotlib", "pyyaml", "torchmetrics"],
         "app": ["gradio"],
+        "serve": ["aiohttp", "fastapi", "prometheus_client", "python-multipart", "ray[serve]", "uvicorn"],
         "ray": ["ray[data]"],
-        "dev": ["peft", "pytest", "pytest-xdist", "ray[data]", "ruff", "setuptools", "torchao"],
+        "convert": ["protobuf", "sentencepiece"],
+        # apart from `dev`: with it installed, transformers imports it, and it prints at import
+        "quantization": ["torchao"],
+        "docs": ["furo", "myst-parser", "sphinx"],
+        "dev": [
+            "lavit-hf[train,evaluate,app,serve,ray,convert]",
+            "openai",
+            "parameterized",
+            "pre-commit",
+            "pyright",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "requests",
+            "requests-mock",
+            "ruff",
+            "scipy",
+            "setuptools",
+            "trl",
+        ],
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],

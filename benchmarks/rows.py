@@ -328,20 +328,6 @@ def looking_ahead(options: Options) -> Comparison:
 
 
 @row
-def plain_steps(options: Options) -> Comparison:
-    """Visual tokens with guidance, the embedded checkpoint"""
-    pipe = _pipeline(options)
-
-    def tokens(plain: bool):
-        pipe.model.uses_plain_steps = plain
-        pipe.generate_visual_tokens(PROMPT, generator=torch.Generator().manual_seed(0))
-
-    return Comparison(
-        Way("a Llama's arithmetic alone", lambda: tokens(True)), Way("its modules", lambda: tokens(False))
-    )
-
-
-@row
 def solver(options: Options) -> Comparison:
     """Pixels from visual tokens, the embedded checkpoint"""
     tokens = [torch.arange(40)]

@@ -147,8 +147,6 @@ class LavitConfig(PreTrainedConfig):
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
             no pictures. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
-        num_draft_ids: size of the list of pictures that are known as codes, see
-            [`LavitForConditionalGeneration.set_draft_codes`], which sets it.
     """
 
     model_type = "lavit"
@@ -163,7 +161,6 @@ class LavitConfig(PreTrainedConfig):
     share_understanding_merger: bool = False
     generation_only: bool = False
     tie_word_embeddings: bool = False
-    num_draft_ids: int = 0
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):

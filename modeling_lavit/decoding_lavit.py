@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .compat_lavit import CACHE_NAME
 from .drafts_lavit import END, LOOKED_AT, LavitDraftIndex
 from .logits_lavit import image_state
-from .steps_lavit import can_step_plainly, grows_freely, plain_step
 from .vocabulary_lavit import LavitVocabulary
 
 
@@ -26,9 +27,15 @@ def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
     of torch are never read or written.
 
     Raises:
-        ValueError: a list of another length.
+        ValueError: a list of another length, or something else than generators.
     """
-    if isinstance(generator, Sequence):
+    given = list(generator) if isinstance(generator, list | tuple) else [generator] * (generator is not None)
+    if wrong := [one for one in given if not isinstance(one, torch.Generator)]:
+        raise ValueError(
+            f"generator must be a torch.Generator, or a list of one for each row, got {wrong[0]!r:.40}: a seed goes "
+            "into one by torch.Generator().manual_seed(seed)"
+        )
+    if isinstance(generator, list | tuple):
         if len(generator) != rows:
             raise ValueError(
                 f"{len(generator)} generators were given for {rows} rows: give one generator, or one for each prompt "
@@ -65,6 +72,61 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor
     return ids.minimum((cumulative < total).sum(-1, keepdim=True)).squeeze(1)
 
 
+class LavitDecodingState:
+    """What the decoding loop knows of its rows: ids, which of them go on, and what was asked to be returned.
+
+    Rows that are finished may leave the forwards (`active` are those that have not); processors, stopping criteria and
+    streamer always see all of them, each at its own index.
+    """
+
+    def __init__(
+        self, sequences: torch.LongTensor, generators: list[torch.Generator] | None, config: GenerationConfig
+    ):
+        self.sequences = sequences
+        self.active = torch.arange(len(sequences), device=sequences.device)
+        self.unfinished = torch.ones(len(sequences), dtype=torch.bool, device=sequences.device)
+        self.generators = list(generators or [])
+        wanted = config.return_dict_in_generate
+        self.scores = () if wanted and config.output_scores else None
+        self.logits = () if wanted and config.output_logits else None
+        self.hidden_states = () if wanted and config.output_hidden_states else None
+        self.attentions = () if wanted and config.output_attentions else None
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Of the active rows to all rows; zero elsewhere."""
+        if len(self.active) == len(self.sequences):
+            return values
+        return values.new_zeros(len(self.sequences), *values.shape[1:]).index_copy_(0, self.active, values)
+
+    def record(self, logits: torch.Tensor, scores: torch.Tensor) -> None:
+        """`logits` (streams, V), with guidance [conditional; unconditional]; `scores` (rows, V)."""
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+
+    def record_layers(self, outputs) -> None:
+        rows = len(self.sequences)
+        if self.hidden_states is not None:
+            self.hidden_states += (tuple(layer[:rows] for layer in outputs.hidden_states),)
+        if self.attentions is not None:
+            self.attentions += (tuple(layer[:rows] for layer in outputs.attentions),)
+
+    def append(self, ids: torch.LongTensor, stopping_criteria: StoppingCriteriaList) -> None:
+        """The newest ids (rows,), and who goes on."""
+        self.sequences = torch.cat([self.sequences, ids.unsqueeze(1)], dim=1)
+        self.unfinished = self.unfinished & ~stopping_criteria(self.sequences, self.scores)
+
+    def drop_finished(self) -> torch.LongTensor | None:
+        """Takes finished rows out of the active ones; the indices among these that stay, None if all do."""
+        going_on = self.unfinished[self.active]
+        if bool(going_on.all()):
+            return None
+        kept = going_on.nonzero().squeeze(1)
+        self.active = self.active[kept]
+        return kept
+
+
 class LavitDecodingLoop:
     """Greedy search or sampling with batched guidance, as a `custom_generate` of `GenerationMixin.generate`.
 
@@ -76,32 +138,30 @@ class LavitDecodingLoop:
     Args:
         vocabulary: meaning of the ids.
         pad_token_id: fed to and returned for finished rows.
-        guidance_scale: None for a single stream.
+        guidance_scale: (rows,), one for each row; None for a single stream.
         generators: one per row; None for greedy search. A single generator in `joint_generator` instead draws all rows
             with one `torch.multinomial`, as the reference does.
         streamer: gets the prompt and then every step's ids.
         restart_unconditional: whether the unconditional stream begins anew at every `[IMG]` that is written.
-        known_pictures, draft_length: so many codes, at most, are looked up ahead of each forward, which verifies them
-            all (retrieval-based speculative decoding, arXiv 2311.08252). As the uniform number of every id to come is
-            fixed, a code is kept if it is the one that would be drawn: what is written stays the same. A lone row
-            does so: of several, all would have to go on by as many as the slowest.
-
-    Rows that are finished leave the batch, with both their streams, where cache and outputs allow it: logits
-    processors then see the others alone, stopping criteria and streamer always all. They use up no more random
-    numbers.
+        drafter: proposes up to `draft_length` codes ahead of each forward, which verifies them all (arXiv 2311.08252).
+            As the uniform number of every id to come is fixed, a code is kept if it is the one that would be drawn:
+            what is written stays the same. A lone row does so: of several, all would wait for the slowest.
+        keeps_rows: whether finished rows stay in the cache, because the caller goes on with it. Otherwise they leave
+            the forwards, where the cache allows it, with both their streams.
     """
 
     def __init__(
         self,
         vocabulary: LavitVocabulary,
         pad_token_id: int,
-        guidance_scale: float | None = None,
+        guidance_scale: torch.Tensor | None = None,
         generators: list[torch.Generator] | None = None,
         joint_generator: torch.Generator | None = None,
         streamer: BaseStreamer | None = None,
         restart_unconditional: bool = False,
-        known_pictures: LavitDraftIndex | None = None,
+        drafter: LavitDraftIndex | None = None,
         draft_length: int = 0,
+        keeps_rows: bool = False,
     ):
         self.vocabulary = vocabulary
         self.pad_token_id = pad_token_id
@@ -110,8 +170,9 @@ class LavitDecodingLoop:
         self.joint_generator = joint_generator
         self.streamer = streamer
         self.restart_unconditional = restart_unconditional
-        self.known_pictures = known_pictures
+        self.drafter = drafter
         self.draft_length = draft_length
+        self.keeps_rows = keeps_rows
 
     def __call__(
         self,
@@ -122,133 +183,139 @@ class LavitDecodingLoop:
         generation_config: GenerationConfig,
         **model_kwargs,
     ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
-        guided = self.guidance_scale is not None
-        rows = input_ids.shape[0] // 2 if guided else input_ids.shape[0]
-        sequences, active = input_ids[:rows], torch.arange(rows, device=input_ids.device)
-        unfinished = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
-        drawing = list(self.generators or [])
+        rows = len(input_ids) // (1 if self.guidance_scale is None else 2)
+        state = LavitDecodingState(input_ids[:rows], self.generators, generation_config)
         forward = model.__call__
-        compiled = model._valid_auto_compile_criteria(model_kwargs, generation_config)
-        if compiled:
+        if model._valid_auto_compile_criteria(model_kwargs, generation_config):
             forward = model.get_compiled_call(generation_config.compile_config)
-        if guided and model_kwargs.get("attention_mask") is None:
+        if self.guidance_scale is not None and model_kwargs.get("attention_mask") is None:
             model_kwargs["attention_mask"] = torch.ones_like(input_ids)
-        all_scores, all_logits = [], []
         if self.streamer is not None:
-            self.streamer.put(sequences.cpu())
+            self.streamer.put(state.sequences.cpu())
 
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
-        grows = model_kwargs["use_cache"] and grows_freely(outputs.past_key_values)
-        drops_rows = grows and self.joint_generator is None and not generation_config.return_dict_in_generate
-        # codes that are not drawn are taken back out of the cache
-        looks_ahead = self.draft_length and (grows or not model_kwargs["use_cache"])
-        if grows and not compiled and can_step_plainly(model, model_kwargs):
-            forward = plain_step
-        drafts = sequences[:, :0]
+        grows = grows_freely(outputs.get(CACHE_NAME))
+        keeps_rows = self.keeps_rows or self.joint_generator is not None or generation_config.return_dict_in_generate
+        returns_layers = state.hidden_states is not None or state.attentions is not None
+        drafts_allowed = self.draft_length and not returns_layers and (grows or not model_kwargs["use_cache"])
+        drafts = input_ids[:1, :0]
         while True:
-            step_logits = outputs.logits[:, -1 - drafts.shape[1] :].to(
-                copy=True, dtype=torch.float32, device=input_ids.device
-            )
-            for accepted in range(1, step_logits.shape[1] + 1):
-                logits, written = step_logits[:, accepted - 1], sequences if len(active) == rows else sequences[active]
-                scores = logits_processor(written, self._guide(logits, written) if guided else logits)
-                if generation_config.output_scores:
-                    all_scores.append(scores)
-                if generation_config.output_logits:
-                    all_logits.append(logits)
-                ids = self._choose(scores, drawing, generation_config.do_sample)
-                ids = torch.where(unfinished[active], ids, self.pad_token_id)
-                newest = sequences.new_full((rows,), self.pad_token_id).index_copy_(0, active, ids)
-                if self.streamer is not None:
-                    self.streamer.put(newest.cpu())
-                sequences = torch.cat([sequences, newest.unsqueeze(1)], dim=1)
-                input_ids = torch.cat([input_ids, (ids.repeat(2) if guided else ids).unsqueeze(1)], dim=1)
-                unfinished = unfinished & ~stopping_criteria(sequences, scores)
-                going_on = unfinished[active].tolist()
-                drawing = [one if goes_on else None for one, goes_on in zip(drawing, going_on, strict=False)]
-                if not any(going_on):
-                    break
-                if accepted <= drafts.shape[1] and (unfinished[active] & (ids != drafts[:, accepted - 1])).any():
-                    break
+            accepted = self._accept(state, outputs, drafts, logits_processor, stopping_criteria, generation_config)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=accepted)
             del outputs
-            if not any(going_on):
+            newest = state.sequences[state.active, -accepted:]
+            input_ids = torch.cat([input_ids, self._streams(newest)], dim=1)
+            if not bool(state.unfinished.any()):
                 break
-            if guided and self.restart_unconditional:
-                self._restart_unconditional(ids, model_kwargs)
-            if accepted <= drafts.shape[1] and model_kwargs["use_cache"]:
-                model_kwargs["past_key_values"].crop(accepted - 1 - drafts.shape[1])
-            if drops_rows and not all(going_on):
-                kept = unfinished[active].nonzero().squeeze(1)
-                streams = torch.cat([kept, kept + len(active)]) if guided else kept
-                active, input_ids = active[kept], input_ids[streams]
-                drawing = [one for one, goes_on in zip(drawing, going_on, strict=False) if goes_on]
-                self._keep_rows(streams, model_kwargs)
-            drafts = sequences[:, :0]
-            if looks_ahead and len(active) == 1:
+            if self.guidance_scale is not None and self.restart_unconditional:
+                self._restart_unconditional(newest[:, -1], model_kwargs)
+            if accepted <= drafts.shape[1] and grows:
+                model_kwargs[CACHE_NAME].crop(accepted - 1 - drafts.shape[1])
+            if grows and not keeps_rows and (kept := state.drop_finished()) is not None:
+                input_ids = self._keep_rows(kept, input_ids, model_kwargs)
+            drafts = input_ids[:1, :0]
+            if drafts_allowed and len(state.active) == 1:
                 room = generation_config.max_length - input_ids.shape[1] - 1
-                drafts = self._look_up(sequences[active], min(self.draft_length, room))
+                drafts = self._draft(state.sequences[state.active], min(self.draft_length, room))
             outputs = self._forward(forward, model, input_ids, drafts, model_kwargs)
 
         if self.streamer is not None:
             self.streamer.end()
         if not generation_config.return_dict_in_generate:
-            return sequences
+            return state.sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=tuple(all_scores) if generation_config.output_scores else None,
-            logits=tuple(all_logits) if generation_config.output_logits else None,
-            past_key_values=model_kwargs.get("past_key_values"),
+            sequences=state.sequences,
+            scores=state.scores,
+            logits=state.logits,
+            hidden_states=state.hidden_states,
+            attentions=state.attentions,
+            **{CACHE_NAME: model_kwargs.get(CACHE_NAME)},
         )
 
-    def _look_up(self, sequences: torch.LongTensor, count: int) -> torch.LongTensor:
-        """(1, n) ids to verify next, n up to `count`: how a known picture goes on, of the only row (1, L)."""
+    def _accept(
+        self,
+        state: LavitDecodingState,
+        outputs,
+        drafts: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+    ) -> int:
+        """Writes the ids that the outputs give, one after the other while the drafts are what is written; how many."""
+        state.record_layers(outputs)
+        all_logits = outputs.logits[:, -1 - drafts.shape[1] :].to(
+            copy=True, dtype=torch.float32, device=state.sequences.device
+        )
+        for position in range(all_logits.shape[1]):
+            scores = state.spread(self._guide(all_logits[:, position], state))
+            scores = logits_processor(state.sequences, scores)
+            state.record(all_logits[:, position], scores)
+            ids = self._choose(scores, state, generation_config.do_sample)
+            if self.streamer is not None:
+                self.streamer.put(ids.cpu())
+            state.append(ids, stopping_criteria)
+            is_last = position == drafts.shape[1] or not bool(state.unfinished.any())
+            if is_last or int(ids[state.active]) != int(drafts[0, position]):
+                return position + 1
+        raise AssertionError("the last position is always written")
+
+    def _guide(self, logits: torch.Tensor, state: LavitDecodingState) -> torch.Tensor:
+        """(streams, V) to the scores (active rows, V)."""
+        if self.guidance_scale is None:
+            return logits
+        scale = self.guidance_scale.to(logits)[state.active].unsqueeze(1)
+        conditional, unconditional = logits.log_softmax(-1).chunk(2)
+        guided = unconditional + scale * (conditional - unconditional)
+        # ids outside the computed range are -inf in both streams, their difference is no number
+        guided = guided.masked_fill(conditional.isneginf(), float("-inf"))
+        is_guided = scale != 1
+        if self.restart_unconditional:
+            inside, _ = image_state(state.sequences[state.active], self.vocabulary)
+            is_guided = is_guided & inside.unsqueeze(1)
+        return torch.where(is_guided, guided, conditional)
+
+    def _choose(self, scores: torch.Tensor, state: LavitDecodingState, do_sample: bool) -> torch.LongTensor:
+        """(rows, V) to ids (rows,); finished rows get the pad id and use up no random number."""
+        if not do_sample:
+            ids = scores.argmax(-1)
+        elif self.joint_generator is not None:
+            ids = torch.multinomial(scores.softmax(-1), 1, generator=self.joint_generator).squeeze(1)
+        else:
+            going_on = state.unfinished.tolist()
+            drawing = [one if goes_on else None for one, goes_on in zip(state.generators, going_on, strict=True)]
+            ids = draw(scores.softmax(-1), next_uniforms(drawing, device=scores.device))
+        return torch.where(state.unfinished, ids, self.pad_token_id)
+
+    def _streams(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.guidance_scale is None else torch.cat([rows, rows])
+
+    def _draft(self, sequences: torch.LongTensor, count: int) -> torch.LongTensor:
+        """(1, n) ids to verify next, n up to `count`: how a known image goes on, of the only row (1, L)."""
         recent = sequences[0, -LOOKED_AT:] - self.vocabulary.visual_offset
-        codes = self.known_pictures.continuation(recent.tolist(), count)
+        codes = self.drafter.continuation(recent.tolist(), count)
         offset, end = self.vocabulary.visual_offset, self.vocabulary.eoi_token_id
         return sequences.new_tensor([[end if code == END else offset + code for code in codes]], dtype=torch.long)
 
     def _forward(self, forward, model, input_ids: torch.LongTensor, drafts: torch.LongTensor, model_kwargs: dict):
-        """The newest ids and those that were looked up behind them through the model."""
+        """The newest ids and the drafts behind them through the model."""
         count = drafts.shape[1]
         if count:
-            drafts = drafts.repeat(2, 1) if self.guidance_scale is not None else drafts
-            input_ids = torch.cat([input_ids, drafts], dim=1)
+            input_ids = torch.cat([input_ids, self._streams(drafts)], dim=1)
             model_kwargs = model._update_model_kwargs_for_generation({}, dict(model_kwargs), num_new_tokens=count)
             model_kwargs["logits_to_keep"] = 1 + count
-        if forward is plain_step:
-            return plain_step(model, input_ids[:, -1 - count :], model_kwargs)
         next_length = 1 + count if model_kwargs["use_cache"] else None
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=next_length, **model_kwargs)
         return forward(**inputs, return_dict=True)
 
-    def _guide(self, logits: torch.Tensor, sequences: torch.LongTensor) -> torch.Tensor:
-        conditional, unconditional = logits.log_softmax(-1).chunk(2)
-        guided = unconditional + self.guidance_scale * (conditional - unconditional)
-        # ids outside the computed range are -inf in both streams, their difference is no number
-        guided = guided.masked_fill(conditional.isneginf(), float("-inf"))
-        if self.restart_unconditional:
-            inside, _ = image_state(sequences, self.vocabulary)
-            guided = torch.where(inside.unsqueeze(1), guided, conditional)
-        return guided
-
-    def _choose(
-        self, scores: torch.Tensor, drawing: list[torch.Generator | None], do_sample: bool
-    ) -> torch.LongTensor:
-        if not do_sample:
-            return scores.argmax(-1)
-        probabilities = scores.softmax(-1)
-        if self.joint_generator is not None:
-            return torch.multinomial(probabilities, 1, generator=self.joint_generator).squeeze(1)
-        return draw(probabilities, next_uniforms(drawing, device=scores.device))
-
-    def _keep_rows(self, streams: torch.LongTensor, model_kwargs: dict) -> None:
-        """Takes all rows but `streams` out of the cache and of what goes with the ids."""
-        count = len(model_kwargs["past_key_values"].layers[0].keys)
-        model_kwargs["past_key_values"].batch_select_indices(streams)
+    def _keep_rows(self, kept: torch.LongTensor, input_ids: torch.LongTensor, model_kwargs: dict) -> torch.LongTensor:
+        """Takes all rows but `kept`, with their streams, out of the cache and of what goes with the ids."""
+        count = len(input_ids)
+        streams = kept if self.guidance_scale is None else torch.cat([kept, kept + count // 2])
+        model_kwargs[CACHE_NAME].batch_select_indices(streams)
         for name, value in model_kwargs.items():
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
                 model_kwargs[name] = value[streams]
+        return input_ids[streams]
 
     def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
         """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""
@@ -259,6 +326,11 @@ class LavitDecodingLoop:
         model_kwargs["attention_mask"], model_kwargs["position_ids"] = mask, positions
 
 
+def grows_freely(cache: Cache | None) -> bool:
+    """Whether a cache is made of plain tensors that grow with every step: its rows can be dropped, its end cut off."""
+    return cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
 @dataclass
 class LavitDraw:
     """How ids are drawn: seeds, streamer, and whether as the reference does."""
@@ -266,6 +338,10 @@ class LavitDraw:
     generator: Generators
     streamer: BaseStreamer | None
     reference_compat: bool
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(self.generator, list | tuple)
 
     def loop(self, vocabulary: LavitVocabulary, pad_token_id: int, rows: int, **options) -> LavitDecodingLoop:
         joint = isinstance(self.generator, torch.Generator) and self.reference_compat

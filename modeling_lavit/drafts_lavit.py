@@ -1,22 +1,28 @@
-"""Pictures that a model knows as codes, and how they say what may come next: retrieval-based speculative decoding
+"""Images that a model knows as codes, and how they say what may come next: retrieval-based speculative decoding
 (arXiv 2311.08252)."""
+
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
+from transformers.utils.hub import cached_file
 
 
-END = -1  # behind the codes of every picture
+DRAFTS_FILE = "draft_codes.safetensors"
+END = -1  # behind the codes of every image
 LOOKED_AT = 16  # so many codes of what is written are compared
 
 
-def join_codes(pictures: list[torch.Tensor]) -> torch.Tensor:
-    """The codes (n,) of pictures in one line (N,) int16, each with [`END`] behind it."""
-    return torch.cat([F.pad(codes.to("cpu", torch.int16), (0, 1), value=END) for codes in pictures])
+def join_codes(images: list[torch.Tensor]) -> torch.Tensor:
+    """The codes (n,) of images in one line (N,) int16, each with [`END`] behind it."""
+    return torch.cat([F.pad(codes.to("cpu", torch.int16), (0, 1), value=END) for codes in images])
 
 
 class LavitDraftIndex:
-    """Finds where in known pictures the codes stand that were written last, and what came then.
+    """Finds where in known images the codes stand that were written last, and what came then.
 
     Args:
         known: (N,) of [`join_codes`].
@@ -36,7 +42,7 @@ class LavitDraftIndex:
         """The codes, `count` at most, that came behind the longest end of `written` that is known; [`END`] comes last.
 
         Args:
-            written: codes of the picture so far. Fewer than two, or two that never stood side by side: none come.
+            written: codes of the image so far. Fewer than two, or two that never stood side by side: none come.
         """
         if len(written) < 2 or count < 1:
             return []
@@ -53,32 +59,60 @@ class LavitDraftIndex:
 
 
 class LavitDraftMixin:
-    """What a model knows of pictures: its buffer `draft_ids` and `config.num_draft_ids`."""
+    """The images that a model knows as codes. They lie beside its weights, in a file of their own."""
 
+    draft_codes: torch.Tensor | None = None
     _draft_index: LavitDraftIndex | None = None
 
-    def set_draft_codes(self, pictures: list[torch.LongTensor]) -> None:
-        """Gives the model pictures to know, e.g. those that it was trained on: [`generate`] looks up there how a
-        picture may go on. They are saved with the weights, two bytes a code.
+    def set_draft_codes(self, images: list[torch.LongTensor]) -> None:
+        """Gives the model images to know, e.g. those that it was trained on: [`generate`] looks up there how an image
+        may go on. They are saved beside the weights, two bytes a code.
 
         Args:
-            pictures: the codes (n,) of each. None at all takes away those that were there.
+            images: the codes (n,) of each. None at all takes away those that were there.
 
         Raises:
             ValueError: there are other codes among them than the codebook has.
         """
-        for codes in pictures:
+        for codes in images:
             if codes.ndim != 1 or not 0 <= int(codes.min()) <= int(codes.max()) < self.config.vocabulary.codebook_size:
                 raise ValueError(
-                    f"pictures must be codes (n,) from 0 to {self.config.vocabulary.codebook_size - 1}, got {codes}"
+                    f"images must be codes (n,) from 0 to {self.config.vocabulary.codebook_size - 1}, got {codes}"
                 )
-        self.draft_ids = join_codes(pictures) if pictures else None  # they are read on the CPU
-        self.config.num_draft_ids = 0 if self.draft_ids is None else len(self.draft_ids)
+        self.draft_codes = join_codes(images) if images else None
         self._draft_index = None
 
-    def _known_pictures(self) -> LavitDraftIndex:
+    def save_draft_codes(self, folder: str | os.PathLike) -> None:
+        """Writes [`DRAFTS_FILE`], or takes it away where no image is known."""
+        file = Path(folder) / DRAFTS_FILE
+        if self.draft_codes is None:
+            file.unlink(missing_ok=True)
+            return
+        written = file.with_name(f".{DRAFTS_FILE}.partial")
+        save_file({"codes": self.draft_codes}, written)
+        os.replace(written, file)
+
+    def load_draft_codes(self, folder_or_repo: str | os.PathLike, **hub_options) -> None:
+        """Reads [`DRAFTS_FILE`] of a folder or repository, where there is one.
+
+        Raises:
+            ValueError: it holds other codes than the codebook has.
+        """
+        try:
+            file = cached_file(folder_or_repo, DRAFTS_FILE, **hub_options)
+        except OSError:  # most models know none
+            return
+        codes = load_file(file).get("codes")
+        size = self.config.vocabulary.codebook_size
+        if codes is None or codes.ndim != 1 or codes.dtype != torch.int16 or not len(codes):
+            raise ValueError(f"{file} holds no list of draft codes: take it away, or save the model again")
+        if int(codes.min()) < END or int(codes.max()) >= size:
+            raise ValueError(f"{file} has draft codes of another codebook than this one's {size}")
+        self.draft_codes, self._draft_index = codes, None
+
+    def _known_images(self) -> LavitDraftIndex:
         if self._draft_index is None:
-            self._draft_index = LavitDraftIndex(self.draft_ids)
+            self._draft_index = LavitDraftIndex(self.draft_codes)
         return self._draft_index
 
     def _draft_length(
@@ -88,7 +122,7 @@ class LavitDraftMixin:
         reasons = {
             f"must not be negative, got {given}": (given or 0) < 0,
             "needs generation_mode 'image' without reference_compat": generation_mode != "image" or reference_compat,
-            "needs pictures that the model knows: give it some by set_draft_codes": not self.config.num_draft_ids,
+            "needs images that the model knows: give it some by set_draft_codes": self.draft_codes is None,
             "does not go with num_beams": (self._chosen(config, "num_beams") or 1) > 1,
             "needs a dynamic cache, from which codes can be taken back": (
                 (self._chosen(config, "cache_implementation") or "dynamic") != "dynamic"

@@ -1,9 +1,8 @@
 """generate(): text, images, and both in one stream (arXiv 2309.04669, section 3.2, with its code's defaults)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +10,13 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
+from .compat_lavit import CACHE_NAME, pop_cache
 from .decoding_lavit import Generators, LavitDecodingLoop, LavitDraw
 from .drafts_lavit import LavitDraftMixin
+from .filling_lavit import LavitFilledPrompt, LavitPrompt, begin_images, fill_prompt
 from .logits_lavit import LavitGrammarLogitsProcessor, LavitRangeLogitsProcessor, image_state
-from .modeling_lavit_visual_tokenizer import LavitVisualTokens
-from .slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from .outputs_lavit import LavitTokenOutputMixin
+from .slots_lavit import pad, unpad
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -45,26 +46,13 @@ GENERATION_PRESETS: dict[str, dict[str, Any]] = {
         "draft_length": 8,
     },
 }
+# what a preset may hold for LavitPipeline alone
+PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "draft_length")
 
 
-@dataclass
-class LavitPrompt:
-    """Prompts as they were given: `input_ids` and `attention_mask` (B, L), `pixel_values` one picture per slot."""
-
-    input_ids: torch.LongTensor | None
-    attention_mask: torch.LongTensor | None
-    pixel_values: torch.Tensor | None
-    selection: dict[str, Any]
-
-
-class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
-    """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays.
-
-    `uses_plain_steps`: whether a plain Llama is stepped by `llama_step`; False steps through its modules.
-    """
-
-    uses_plain_steps = True
+class LavitGenerationMixin(LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
+    """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
 
     @torch.no_grad()
     def generate(
@@ -77,7 +65,7 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         generation_mode: str = "text",
         generation_preset: str | None = None,
         pixel_values: torch.Tensor | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         generator: Generators = None,
         min_image_tokens: int | None = None,
         max_image_tokens: int | None = None,
@@ -94,55 +82,63 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         Args:
             inputs: (B, L) prompt ids, also accepted as `input_ids`. Padding on any side needs an `attention_mask`.
             generation_mode:
-                `"text"`: never writes visual ids; pictures of the prompt are read as continuous features.
+                `"text"`: never writes visual ids; images of the prompt are read as continuous features.
                 `"image"`: writes one image's codes; an `[IMG]` is appended to prompts that do not end within an image.
                 `"interleaved"`: text and whole images, until EOS; `max_new_tokens` defaults to the rest of the
-                context. The last two read pictures of the prompt as discrete codes, which is how they were trained.
+                context. The last two read images of the prompt as discrete codes, which is how they were trained.
             generation_preset: named settings, `"caption"` or `"answer"` (or what the model's generation config adds in
                 `generation_presets`); `"image"` is the default of the modes that draw. Arguments given here win.
-            pixel_values: (pictures, 3, H, W), one for every slot `[IMG][/IMG]` of the prompts.
-            guidance_scale: classifier-free guidance inside images, one batched forward for both streams. None takes
-                the preset's, which is none unless the model says otherwise; None or 1 is a single stream.
+            pixel_values: (images, 3, H, W), one for every slot `[IMG][/IMG]` of the prompts.
+            guidance_scale: classifier-free guidance inside images, one batched forward for both streams; one for all
+                rows or one for each prompt or row. None takes the preset's, which is none unless the model says
+                otherwise; 0 and 1 mean none, too.
             generator: a `torch.Generator`, or a list of one per returned row, on any device. One generator for several
                 rows draws a seed for each. Without it every call differs. The global generators are left untouched.
             min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
                 Both are clamped to the number of patches, more of which no image has, and in image mode to
                 `max_new_tokens` less one if that is given.
-            draft_length: mode image, of a model that knows pictures (see `set_draft_codes`): how many codes, at most,
+            draft_length: mode image, of a model that knows images (see `set_draft_codes`): how many codes, at most,
                 are looked up there and verified by one forward; 0 for none. What is written stays the same, in fewer
                 forwards. Only a lone row does so, without beams and with a dynamic cache.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
-                in images, pictures of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
+                in images, images of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
                 beam search the unconditional stream is not reordered. For comparisons only.
-            selection, keep_ratio, gumbel_noise: which patches of the pictures are kept, see
+            selection, keep_ratio, gumbel_noise: which patches of the images are kept, see
                 `LavitVisualTokenizer.select`.
             streamer: gets the prompt first, then the new ids of every step.
+            past_key_values (or cache): what an earlier call returned or filled, whatever the mode and with images in
+                the prompt, too: the ids go on from it. They are all ids so far (or the new ones alone, with an
+                `attention_mask` of all); `pixel_values` are those of all slots or of the new ones. An
+                image-mode call leaves its conditional stream there.
             kwargs: everything else of `GenerationMixin.generate`: sampling settings, `num_return_sequences` (distinct
                 draws for each prompt), `cache_implementation="static"`, `return_dict_in_generate`, …
 
         Returns:
             Mode text and interleaved: (rows, L + new) ids, the prompts as they were given and behind them the new ids.
             Mode image: (rows, new) new ids alone, codes up to and including `[/IMG]`. Finished rows are right-padded
-            with the pad id. Rows are prompts times `num_return_sequences`.
+            with the pad id. Rows are prompts times `num_return_sequences`. `max_length`, processors, stopping
+            criteria, streamer and hidden states count ids as they were given, too: a slot is two.
 
         Raises:
-            ValueError: unknown mode or preset; numbers of slots and pictures that differ; a prompt that leaves no room
+            ValueError: unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no room
                 in the context; limits that contradict each other; a wrong number of generators; settings of another
                 mode.
         """
-        if generation_mode not in GENERATION_MODES:
-            raise ValueError(f"generation_mode must be one of {GENERATION_MODES}, got {generation_mode!r}")
+        self._check_mode(
+            generation_mode,
+            {
+                "guidance_scale": guidance_scale,
+                "min_image_tokens": min_image_tokens,
+                "max_image_tokens": max_image_tokens,
+                "draft_length": draft_length,
+            },
+            reference_compat,
+            kwargs,
+        )
         drawing = generation_mode != "text"
-        given = (guidance_scale, min_image_tokens, max_image_tokens, draft_length)
-        if not drawing and any(value is not None for value in given):
-            raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
-        if generation_mode == "interleaved" and reference_compat:
-            raise ValueError("the reference has no interleaved mode to be compatible with")
-        if generation_mode == "image" and "max_length" in kwargs:
-            raise ValueError("in image mode max_image_tokens limits the length, not max_length")
         preset = self._preset(generation_preset or ("image" if drawing else None))
-        defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS}
+        defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS + PIPELINE_SETTINGS}
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
         scales = (guidance_scale, config.guidance_scale, defaults["guidance_scale"], 1.0)
         guidance_scale = next(scale for scale in scales if scale is not None)
@@ -150,23 +146,30 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         call = config.update(**(unset | kwargs))
         config.guidance_scale = 1.0
         config.pad_token_id = self._pad_token_id(config)
-        call["logits_processor"] = LogitsProcessorList(logits_processor or [])
-        call["stopping_criteria"] = stopping_criteria
-        # which ids are pictures follows from the ids
+        # which ids are images follows from the ids
         call.pop("mm_token_type_ids", None)
+        call["logits_processor"] = LogitsProcessorList(logits_processor or [])
+        call["stopping_criteria"] = StoppingCriteriaList(stopping_criteria or [])
         prompt = LavitPrompt(
             input_ids=self._on_device(call.pop("input_ids", inputs)),
             attention_mask=self._on_device(call.pop("attention_mask", None)),
             pixel_values=self._on_device(pixel_values),
             selection={"selection": selection, "keep_ratio": keep_ratio, "gumbel_noise": gumbel_noise},
+            cache=pop_cache(call),
         )
         drawn = LavitDraw(generator, streamer, reference_compat)
+        if drawn.is_list and not drawing and self._beams(config) > 1 and self._chosen(config, "do_sample"):
+            return self._generate_each(prompt, config, drawn, call)
         if not drawing:
             return self._generate_text(prompt, config, drawn, call)
-        if prompt.input_ids is None or "inputs_embeds" in call or "past_key_values" in call:
-            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds or a cache")
+        if prompt.input_ids is None or "inputs_embeds" in call:
+            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
         limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
         if generation_mode == "image" and config.max_new_tokens is not None:
+            if config.max_new_tokens < 2:
+                raise ValueError(
+                    f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
+                )
             # pipelines set this general limit; [/IMG] counts in it
             limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
         draft_length = self._draft_length(
@@ -175,6 +178,16 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         return self._generate_images(
             prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
         )
+
+    def _check_mode(self, mode: str, image_settings: dict[str, Any], reference_compat: bool, kwargs: dict) -> None:
+        if mode not in GENERATION_MODES:
+            raise ValueError(f"generation_mode must be one of {GENERATION_MODES}, got {mode!r}")
+        if mode == "text" and any(value is not None for value in image_settings.values()):
+            raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
+        if mode == "interleaved" and reference_compat:
+            raise ValueError("the reference has no interleaved mode to be compatible with")
+        if mode == "image" and kwargs.get("max_length") is not None:
+            raise ValueError("in image mode max_image_tokens limits the length, not max_length")
 
     def _preset(self, name: str | None) -> dict[str, Any]:
         if name is None:
@@ -205,8 +218,8 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         context = self.config.text_config.max_position_embeddings
         if prompt_length + new_tokens > context:
             raise ValueError(
-                f"the longest prompt has {prompt_length} ids, pictures included, and {new_tokens} more are to be "
-                f"written, but the context of the language model is {context}: shorten the prompt or write fewer"
+                f"the longest prompt takes {prompt_length} positions, images included, and {new_tokens} more are to "
+                f"be written, but the context of the language model is {context}: shorten the prompt or write fewer"
             )
 
     def _pad_token_id(self, config: GenerationConfig) -> int:
@@ -223,6 +236,9 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
 
+    def _beams(self, config: GenerationConfig) -> int:
+        return self._chosen(config, "num_beams") or 1
+
     def _generate_text(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
     ) -> torch.LongTensor | GenerateOutput:
@@ -232,46 +248,79 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
             call["logits_processor"].append(LavitRangeLogitsProcessor((0, vocabulary.boi_token_id)))
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
-
-        ready = "inputs_embeds" in call or "past_key_values" in call
-        input_ids, mask, prompt_length = prompt.input_ids, prompt.attention_mask, None
-        if ready and prompt.pixel_values is not None:
-            raise ValueError("pixel_values need input_ids with slots, without inputs_embeds or a cache")
-        if input_ids is None and "inputs_embeds" not in call:
-            raise ValueError("generate needs input_ids")
         speculative = "assistant_model" in call or self._chosen(config, "prompt_lookup_num_tokens") is not None
         if speculative and prompt.pixel_values is not None:
             # transformers' assisted decoding leaves its first candidates out where a prompt is given as embeddings
             raise ValueError("assistant_model and prompt_lookup_num_tokens do not go with pixel_values")
-        if not ready:
+        filled = None
+        if "inputs_embeds" in call:
             if prompt.pixel_values is not None:
-                expanded = self.model.expand_inputs(
-                    input_ids, prompt.pixel_values, mask, padding_side="left", **prompt.selection
-                )
-                input_ids, mask = expanded.input_ids, expanded.attention_mask
-                call["inputs_embeds"] = expanded.inputs_embeds
-            else:
-                rows = _unpad_prompts(input_ids, mask)
-                check_slots(find_slots(rows, vocabulary), 0)
-                input_ids, mask = pad(rows, config.pad_token_id, "left")
-            prompt_length = input_ids.shape[1]
-            self._check_context(prompt_length, 1)
-            if drawn.reference_compat and prompt.pixel_values is not None:
+                raise ValueError("pixel_values need input_ids with slots, without inputs_embeds")
+            given = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask, CACHE_NAME: prompt.cache}
+            call |= {name: value for name, value in given.items() if value is not None}
+            prompts = len(call["inputs_embeds"])
+        else:
+            filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
+            prompts = len(filled.caller_ids)
+            self._hand_over(filled, config, call, drawn)
+            if filled.inputs_embeds is None:
+                del call["inputs_embeds"]
+            elif drawn.reference_compat:
                 # the reference gives embeddings alone: penalties on repetition do not see the prompt
-                input_ids, prompt_length = None, 0
-
-        if input_ids is not None:
-            call["input_ids"] = input_ids
-        if mask is not None:
-            call["attention_mask"] = mask
-        rows = (input_ids if input_ids is not None else call["inputs_embeds"]).shape[0]
-        rows *= self._chosen(config, "num_return_sequences") or 1
+                del call["input_ids"]
+        rows = prompts * (self._chosen(config, "num_return_sequences") or 1)
         stock = speculative or "custom_generate" in call or not self._chosen(config, "do_sample")
-        stock = stock or (self._chosen(config, "num_beams") or 1) > 1
-        output = self._run(config, call, drawn, None if stock else drawn.loop(vocabulary, config.pad_token_id, rows))
-        if prompt_length is None:
+        stock = stock or self._beams(config) > 1
+        loop = None
+        if not stock:
+            loop = drawn.loop(vocabulary, config.pad_token_id, rows, keeps_rows=prompt.cache is not None)
+        output = self._run(config, call, drawn, loop)
+        if filled is None:
             return output
-        return _with_sequences(output, lambda ids: _behind(prompt.input_ids, ids[:, prompt_length:]))
+        return filled.give_back(output, with_prompt=True, num_prompt_ids=None if "input_ids" in call else 0)
+
+    def _hand_over(
+        self, filled: LavitFilledPrompt, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw
+    ) -> None:
+        """Gives a filled prompt to `GenerationMixin.generate`, and everyone who counts ids the caller's."""
+        self._check_context(filled.longest, 1)
+        call |= {
+            "input_ids": filled.input_ids,
+            "attention_mask": filled.attention_mask,
+            "inputs_embeds": filled.inputs_embeds,
+        }
+        rows_of_prompt = self._chosen(config, "num_return_sequences") or 1
+        if filled.cache is not None:
+            filled.take_cache(max(rows_of_prompt, self._beams(config)))
+            call[CACHE_NAME] = filled.cache
+        max_length = self._chosen(config, "max_length")
+        if config.max_new_tokens is None and max_length is not None:
+            if max_length <= filled.caller_ids.shape[1]:
+                raise ValueError(
+                    f"max_length {max_length} leaves no room: the prompt has {filled.caller_ids.shape[1]} ids"
+                )
+            config.max_length = max_length + filled.added
+        if config.min_length:
+            config.min_length += filled.added
+        filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
+
+    def _generate_each(
+        self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
+    ) -> torch.LongTensor:
+        """Sampled beams with a generator for each prompt: a beam search a prompt, which draws from its own."""
+        if prompt.input_ids is None or prompt.cache is not None or config.return_dict_in_generate:
+            raise ValueError("sampled beams with a list of generators need input_ids, and return ids alone")
+        if len(drawn.generator) != len(prompt.input_ids):
+            raise ValueError(
+                f"{len(drawn.generator)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
+                "take one, or one for each prompt"
+            )
+        parts = []
+        for one, generator in zip(prompt.split(self.config.vocabulary), drawn.generator, strict=True):
+            own = LavitDraw(generator, None, drawn.reference_compat)
+            parts.append(self._generate_text(one, copy.deepcopy(config), own, dict(call)))
+        rows = [row for part in parts for row in part]
+        return pad(rows, config.pad_token_id, "right")[0]
 
     def _run(
         self, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw, loop: LavitDecodingLoop | None
@@ -289,98 +338,96 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         prompt: LavitPrompt,
         generation_mode: str,
         config: GenerationConfig,
-        guidance_scale: float,
+        guidance_scale: float | Sequence[float] | torch.Tensor,
         limits: tuple[int, int],
         drawn: LavitDraw,
         call: dict[str, Any],
         draft_length: int,
     ) -> torch.LongTensor | GenerateOutput:
-        vocabulary = self.config.vocabulary
-        image_mode, guided = generation_mode == "image", guidance_scale != 1
-        rows = self._discrete_rows(prompt, keep_brackets=not drawn.reference_compat)
+        image_mode, beams = generation_mode == "image", self._beams(config)
         if image_mode:
-            rows = [self._begin_image(row) for row in rows]
-        num_prompts, num_ids = len(rows), max(len(row) for row in rows)
-        beams = self._chosen(config, "num_beams") or 1
+            prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
+        filled = fill_prompt(self, prompt, config.pad_token_id, discrete=True, brackets=not drawn.reference_compat)
+        prompts = len(filled.caller_ids)
+        repeats = self._chosen(config, "num_return_sequences") or 1
+        scales = _guidance_of_rows(guidance_scale, prompts, repeats)
         negative_ids = call.pop("negative_prompt_ids", None)
         negative_mask = call.pop("negative_prompt_attention_mask", None)
-        if negative_ids is not None and not (guided and image_mode and beams == 1):
+        if negative_ids is not None and not (scales is not None and image_mode and beams == 1):
             raise ValueError("negative_prompt_ids need generation_mode 'image', a guidance_scale and no beams")
-        if guided and beams == 1:
-            rows = rows + self._unconditional_rows(rows, negative_ids, negative_mask)
-        call["input_ids"], call["attention_mask"] = pad(rows, config.pad_token_id, "left")
-        longest = call["input_ids"].shape[1]
+        with_images = bool(self.config.vocabulary.is_code(filled.input_ids[:, filled.cached :]).any())
+        longest_ids = filled.longest
+        if scales is not None and beams == 1:
+            filled.add_streams(self._unconditional_rows(filled, negative_ids, negative_mask), config.pad_token_id)
+        self._hand_over(filled, config, call, drawn)
+        del call["inputs_embeds"]
+        self._limit_images(filled, image_mode, config, limits, drawn, call, longest_ids, with_images)
 
+        loop = None
+        if beams == 1:
+            loop = drawn.loop(
+                self.config.vocabulary,
+                config.pad_token_id,
+                prompts * repeats,
+                guidance_scale=scales,
+                restart_unconditional=not image_mode,
+                drafter=self._known_images() if draft_length else None,
+                draft_length=draft_length,
+                keeps_rows=prompt.cache is not None,
+            )
+        elif scales is not None and not drawn.reference_compat:
+            raise ValueError("guidance_scale and num_beams: the unconditional stream cannot follow beams, choose one")
+        elif scales is not None:
+            # quirk 9: in transformers' own guidance the unconditional cache stays as it is when beams are reordered
+            config.guidance_scale = float(scales[0])
+            begin = filled.input_ids.new_full((prompts * beams, 1), self.config.vocabulary.boi_token_id)
+            call["negative_prompt_ids"] = begin
+        output = self._run(config, call, drawn, loop)
+        return filled.give_back(output, with_prompt=not image_mode)
+
+    def _limit_images(
+        self,
+        filled: LavitFilledPrompt,
+        image_mode: bool,
+        config: GenerationConfig,
+        limits: tuple[int, int],
+        drawn: LavitDraw,
+        call: dict[str, Any],
+        longest: int,
+        with_images: bool,
+    ) -> None:
+        """Sets how much is written, and of which ids."""
+        vocabulary, width = self.config.vocabulary, filled.input_ids.shape[1]
         if drawn.reference_compat:
             # quirk 4: with visual ids in the prompts their length is the limit
-            with_pictures = any((row >= vocabulary.visual_offset).any() for row in rows[:num_prompts])
-            config.min_new_tokens, config.max_new_tokens = limits[0], num_ids - 1 if with_pictures else limits[1]
+            config.min_new_tokens, config.max_new_tokens = limits[0], longest - 1 if with_images else limits[1]
             allowed = LavitRangeLogitsProcessor((0, 3), (vocabulary.boi_token_id, vocabulary.size))
             call["logits_processor"].append(allowed)
-            self._check_context(longest, 1)
         else:
             if image_mode:
                 config.min_new_tokens, config.max_new_tokens = 0, limits[1] + 1
             else:
-                config.max_new_tokens = self._interleaved_length(config, longest)
+                config.max_new_tokens = self._interleaved_length(config, filled)
             self._check_context(longest, config.max_new_tokens)
             call["logit_range"] = (vocabulary.eoi_token_id if image_mode else 0, vocabulary.size)
             call["logits_processor"].append(
-                LavitGrammarLogitsProcessor(vocabulary, *limits, longest + config.max_new_tokens)
+                LavitGrammarLogitsProcessor(vocabulary, *limits, width + config.max_new_tokens)
             )
         config.max_length = None
         if image_mode:
             config.eos_token_id = vocabulary.eoi_token_id
 
-        loop = None
-        if beams == 1:
-            loop = drawn.loop(
-                vocabulary,
-                config.pad_token_id,
-                num_prompts * (self._chosen(config, "num_return_sequences") or 1),
-                guidance_scale=guidance_scale if guided else None,
-                restart_unconditional=not image_mode,
-                known_pictures=self._known_pictures() if draft_length else None,
-                draft_length=draft_length,
-            )
-        elif guided and not drawn.reference_compat:
-            raise ValueError("guidance_scale and num_beams: the unconditional stream cannot follow beams, choose one")
-        elif guided:
-            # quirk 9: in transformers' own guidance the unconditional cache stays as it is when beams are reordered
-            config.guidance_scale = guidance_scale
-            call["negative_prompt_ids"] = rows[0].new_full((num_prompts * beams, 1), vocabulary.boi_token_id)
-        output = self._run(config, call, drawn, loop)
-        if image_mode:
-            return _with_sequences(output, lambda ids: ids[:, longest:])
-        return _with_sequences(output, lambda ids: _behind(prompt.input_ids, ids[:, longest:]))
-
-    def _begin_image(self, row: torch.LongTensor) -> torch.LongTensor:
-        inside, _ = image_state(row.unsqueeze(0), self.config.vocabulary)
-        return row if inside else torch.cat([row, row.new_tensor([self.config.vocabulary.boi_token_id])])
-
-    def _interleaved_length(self, config: GenerationConfig, prompt_length: int) -> int:
+    def _interleaved_length(self, config: GenerationConfig, filled: LavitFilledPrompt) -> int:
         if config.max_new_tokens is not None:
             return config.max_new_tokens
-        self._check_context(prompt_length, 1)
         if config.max_length is not None:
-            return config.max_length - prompt_length
+            return config.max_length - filled.input_ids.shape[1]
         context = self.config.text_config.max_position_embeddings
-        return self.generation_config.max_new_tokens or context - prompt_length
-
-    def _discrete_rows(self, prompt: LavitPrompt, keep_brackets: bool = True) -> list[torch.LongTensor]:
-        """The prompts without padding, their slots filled with the pictures' code ids."""
-        rows = _unpad_prompts(prompt.input_ids, prompt.attention_mask)
-        slots = find_slots(rows, self.config.vocabulary)
-        check_slots(slots, 0 if prompt.pixel_values is None else prompt.pixel_values.shape[0])
-        if prompt.pixel_values is None:
-            return rows
-        tokens = self.get_image_tokens(prompt.pixel_values, **prompt.selection)
-        fills = [codes.to(rows[0].device) + self.config.vocabulary.visual_offset for codes in tokens.split()]
-        return fill_slots(rows, slots, fills, keep_brackets=keep_brackets)
+        return self.generation_config.max_new_tokens or context - filled.longest
 
     def _unconditional_rows(
         self,
-        rows: list[torch.LongTensor],
+        filled: LavitFilledPrompt,
         negative_ids: torch.LongTensor | None,
         negative_mask: torch.LongTensor | None,
     ) -> list[torch.LongTensor]:
@@ -388,6 +435,7 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
 
         Outside an image they are not looked at.
         """
+        rows = unpad(filled.input_ids, filled.attention_mask)
         if negative_ids is not None:
             if len(negative_ids) != len(rows):
                 raise ValueError(f"{len(negative_ids)} negative prompts were given for {len(rows)} prompts")
@@ -405,15 +453,16 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         **selection,
     ) -> list[list[int]]:
-        """Prompts as plain lists of ids, pictures as code ids: what `generate_batch` and other servers take.
+        """Prompts as plain lists of ids, images as code ids: what `generate_batch` and other servers take.
 
         Args:
             input_ids, attention_mask: (B, L), padded or not.
-            pixel_values: (pictures, 3, H, W), one per slot.
+            pixel_values: (images, 3, H, W), one per slot.
             selection: see `LavitVisualTokenizer.select`.
         """
         tensors = (self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values))
-        return [row.tolist() for row in self._discrete_rows(LavitPrompt(*tensors, selection))]
+        filled = fill_prompt(self, LavitPrompt(*tensors, selection), 0, discrete=True)
+        return [row.tolist() for row in unpad(filled.input_ids, filled.attention_mask)]
 
     def generate_batch(
         self,
@@ -447,71 +496,19 @@ class LavitGenerationMixin(LavitDraftMixin, GenerationMixin):
             processors.insert(0, LavitRangeLogitsProcessor(generation_config.allowed_ids))
         return processors
 
-    def split_segments(self, ids: torch.LongTensor | list[int]) -> list[tuple[str, torch.LongTensor]]:
-        """One row of ids to its parts in order: `("text", ids)` and `("image", codes)`, codes from 0 on.
 
-        `[IMG]` and `[/IMG]` are left out, an image without codes (a slot) too. Code ids belong to an image also where
-        no `[IMG]` stands before them, as in what `generate(generation_mode="image")` returns.
-        """
-        vocabulary = self.config.vocabulary
-        segments: list[tuple[str, list[int]]] = []
-        boundary = True
-        for token in torch.as_tensor(ids).tolist():
-            if token in (vocabulary.boi_token_id, vocabulary.eoi_token_id):
-                boundary = True
-                continue
-            is_code = vocabulary.visual_offset <= token < vocabulary.size
-            kind, value = ("image", token - vocabulary.visual_offset) if is_code else ("text", token)
-            if boundary or segments[-1][0] != kind:
-                segments.append((kind, []))
-            segments[-1][1].append(value)
-            boundary = False
-        return [(kind, torch.tensor(values, dtype=torch.long)) for kind, values in segments]
-
-    def set_pixel_decoder(self, pixel_decoder: Callable | None) -> None:
-        """Attaches what turns codes into pictures for [`decode_image_tokens`]; nothing is loaded, None detaches.
-
-        Args:
-            pixel_decoder: a `LavitPipeline`, or a callable that takes `visual_tokens=LavitVisualTokens` and returns
-                the pictures, or an object with them in `.images`. It is no part of the model: not saved, not moved.
-        """
-        self.__dict__["_pixel_decoder"] = pixel_decoder
-
-    @torch.no_grad()
-    def decode_image_tokens(self, ids: torch.LongTensor) -> list:
-        """What `generate(generation_mode="image")` returned, (rows, L) ids, as a picture for every row.
-
-        Everything that is no code is dropped, and so are padding and what follows `[/IMG]`. Without a pixel decoder
-        ([`set_pixel_decoder`]) the codes are returned: a list of 1-D tensors.
-        """
-        vocabulary = self.config.vocabulary
-        is_end = ids == vocabulary.eoi_token_id
-        is_code = (ids >= vocabulary.visual_offset) & (ids < vocabulary.size) & (is_end.cumsum(1) == 0)
-        codes = [row[kept] - vocabulary.visual_offset for row, kept in zip(ids, is_code, strict=True)]
-        pixel_decoder = self.__dict__.get("_pixel_decoder")
-        if pixel_decoder is None:
-            return codes
-        tokens = LavitVisualTokens(codes=torch.cat(codes), lengths=is_code.sum(1))
-        pictures = pixel_decoder(visual_tokens=tokens)
-        return list(getattr(pictures, "images", pictures))
-
-
-def _unpad_prompts(input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None) -> list[torch.LongTensor]:
-    rows = unpad(input_ids, attention_mask)
-    empty = [index for index, row in enumerate(rows) if not len(row)]
-    if empty:
-        raise ValueError(f"prompts {empty} are empty: a prompt needs at least one id")
-    return rows
-
-
-def _behind(prompt: torch.LongTensor, new_ids: torch.LongTensor) -> torch.LongTensor:
-    """Puts new ids behind the prompts that they answer; several rows of new ids may belong to one prompt."""
-    repeats = new_ids.shape[0] // prompt.shape[0]
-    return torch.cat([prompt.to(new_ids.device).repeat_interleave(repeats, dim=0), new_ids], dim=1)
-
-
-def _with_sequences(output, change: Callable[[torch.LongTensor], torch.LongTensor]):
-    if isinstance(output, torch.Tensor):
-        return change(output)
-    output.sequences = change(output.sequences)
-    return output
+def _guidance_of_rows(
+    scale: float | Sequence[float] | torch.Tensor, prompts: int, repeats: int
+) -> torch.Tensor | None:
+    """A scale for every row, 1 where there is none; None where no row has one."""
+    scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
+    if not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale}")
+    if len(scales) == 1:
+        scales = scales.expand(prompts * repeats)
+    elif len(scales) == prompts:
+        scales = scales.repeat_interleave(repeats)
+    elif len(scales) != prompts * repeats:
+        raise ValueError(f"{len(scales)} guidance scales were given for {prompts} prompts of {repeats} rows each")
+    scales = scales.masked_fill(scales == 0, 1.0)
+    return scales if bool((scales != 1).any()) else None

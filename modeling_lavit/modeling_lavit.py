@@ -1,7 +1,7 @@
 """LaVIT: one language model that reads and writes both text and visual tokens (arXiv 2309.04669, section 3.2).
 
 Dimension letters: B prompts, L their length, N patches, C width of the visual tokenizer, E width of the language
-model, V ids in all, n kept patches of one picture.
+model, V ids in all, n kept patches of one image.
 """
 
 from dataclasses import dataclass
@@ -13,28 +13,44 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .compat_lavit import CACHE_NAME, cache_kwargs
 from .configuration_lavit import LavitConfig
 from .generation_lavit import LavitGenerationMixin
+from .layers_lavit import take_rows
 from .loading_lavit import StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitTokenMerger, LavitVisualTokenizer, LavitVisualTokens
-from .slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from .slots_lavit import (
+    LavitPositions,
+    check_ids_and_mask,
+    check_slots,
+    fill_slots,
+    find_slots,
+    locate,
+    pad,
+    positions_of,
+    unpad,
+)
 
 
 IGNORED_LABEL = -100
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 @dataclass
 class LavitInputs:
-    """Prompts whose slots are filled, see [`LavitModel.expand_inputs`].
+    """Prompts whose slots are filled, see [`LavitModel.expand_inputs`]; P positions.
 
     Args:
-        input_ids: (B, L). Picture features have no id: code 0 stands in for them.
-        inputs_embeds: (B, L, E).
-        attention_mask: (B, L), 0 on padding.
-        labels: (B, L) or None; -100 on picture features and padding.
-        is_feature: (B, L) bool, where the picture features are.
+        input_ids: (B, P). Image features have no id: code 0 stands in for them.
+        inputs_embeds: (B, P, E).
+        attention_mask: (B, P), 0 on padding.
+        labels: (B, P) or None; -100 on image features and padding.
+        is_feature: (B, P) bool, where the image features are.
+        positions: where the ids of the prompts as they were given stand.
+        speaks: (B, L), the position that predicts what follows each of these ids: its own, but for a slot's `[IMG]`,
+            which the last feature of its image speaks for.
     """
 
     input_ids: torch.LongTensor
@@ -42,10 +58,30 @@ class LavitInputs:
     attention_mask: torch.LongTensor
     labels: torch.LongTensor | None
     is_feature: torch.BoolTensor
+    positions: LavitPositions
+    speaks: torch.LongTensor
+
+
+@dataclass
+class LavitImageFeatures(ModelOutput):
+    """What [`LavitModel.get_image_features`] returns.
+
+    Args:
+        last_hidden_state: (images, N, C), the encoder's features of all patches.
+        pooler_output: what the language model reads of each image, (n, E) each.
+        hidden_states, attentions: of the encoder, where they were asked for.
+        lengths: (images,), n of each.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    lengths: torch.LongTensor | None = None
 
 
 class LavitUnderstanding(nn.Module):
-    """Pictures as the language model reads them: merged continuous features, projected to its width (no quantization).
+    """Images as the language model reads them: merged continuous features, projected to its width (no quantization).
 
     Has its own merger, because stage 2 trains one for reading, unless `config.share_understanding_merger`.
     """
@@ -56,12 +92,18 @@ class LavitUnderstanding(nn.Module):
         self.projection = nn.Linear(config.visual_config.hidden_size, config.text_config.hidden_size)
 
     def forward(
-        self, visual_tokenizer: LavitVisualTokenizer, pixel_values: torch.Tensor, **selection
-    ) -> list[torch.Tensor]:
-        """(B, 3, H, W) normalised pixels -> B tensors (n, E). `selection`: see `LavitVisualTokenizer.encode`."""
-        encoded = visual_tokenizer.encode(pixel_values, merger=self.merger, **selection)
+        self, visual_tokenizer: LavitVisualTokenizer, pixel_values: torch.Tensor, **options
+    ) -> LavitImageFeatures:
+        """(B, 3, H, W) normalised pixels. `options`: see `LavitVisualTokenizer.encode`."""
+        encoded = visual_tokenizer.encode(pixel_values, merger=self.merger, **options)
         projected = self.projection(encoded.features.to(self.projection.weight.dtype))
-        return list(projected.split(encoded.lengths.tolist()))
+        return LavitImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=projected.split(encoded.lengths.tolist()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            lengths=encoded.lengths,
+        )
 
 
 class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
@@ -110,19 +152,34 @@ class LavitModel(LavitPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor, **selection) -> list[torch.Tensor]:
-        """What the language model reads of each picture: a list of (n, E). See [`LavitUnderstanding`]."""
+    def train(self, mode: bool = True) -> "LavitModel":
+        """As every module's, but the visual tokenizer stays in eval mode: it is frozen here, and the running
+        statistics of its batch norms with it. Its own stage trains it as a model of its own."""
+        super().train(mode)
+        if self.visual_tokenizer is not None:
+            self.visual_tokenizer.eval()
+        return self
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> LavitImageFeatures:
+        """What the language model reads of each image.
+
+        Args:
+            pixel_values: (images, 3, H, W), normalised.
+            kwargs: which patches are kept, see `LavitVisualTokenizer.select`; `output_hidden_states` and
+                `output_attentions` of the encoder; `return_dict`.
+        """
         self._check_reads()
-        return self.understanding(self.visual_tokenizer, pixel_values, **selection)
+        return self.understanding(self.visual_tokenizer, pixel_values, **kwargs)
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
-        """The pictures' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
+        """The images' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
         self._check_reads()
         return self.visual_tokenizer.tokenize(pixel_values, **selection)
 
     def _check_reads(self) -> None:
         if self.config.generation_only:
-            raise ValueError("the model was loaded with generation_only=True: it has no encoder and reads no pictures")
+            raise ValueError("the model was loaded with generation_only=True: it has no encoder and reads no images")
 
     def expand_inputs(
         self,
@@ -133,26 +190,27 @@ class LavitModel(LavitPreTrainedModel):
         padding_side: str | None = None,
         **selection,
     ) -> LavitInputs:
-        """Puts every picture's continuous features between the `[IMG]` and `[/IMG]` of its slot.
+        """Puts every image's continuous features between the `[IMG]` and `[/IMG]` of its slot.
 
         Args:
-            input_ids: (B, L) with one slot per picture.
-            pixel_values: (pictures, 3, H, W), in reading order over the batch.
+            input_ids: (B, L) with one slot per image.
+            pixel_values: (images, 3, H, W), in reading order over the batch.
             attention_mask, labels: (B, L).
             padding_side: "left" or "right"; by default as the inputs are padded, right when they are not.
             selection: passed to the visual tokenizer.
 
         Raises:
-            ValueError: the numbers of slots and pictures differ.
+            ValueError: the numbers of slots and images differ.
         """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         rows = unpad(input_ids, attention_mask)
         slots = find_slots(rows, self.config.vocabulary)
         check_slots(slots, pixel_values.shape[0])
         if padding_side is None:
-            padded_left = attention_mask is not None and bool((attention_mask[:, 0] == 0).any())
-            padding_side = "left" if padded_left else "right"
+            padding_side = "left" if bool((attention_mask[:, 0] == 0).any()) else "right"
 
-        features = self.get_image_features(pixel_values, **selection)
+        features = self.get_image_features(pixel_values, return_dict=True, **selection).pooler_output
         placeholders = [
             input_ids.new_full((feature.shape[0],), self.config.vocabulary.visual_offset) for feature in features
         ]
@@ -160,6 +218,7 @@ class LavitModel(LavitPreTrainedModel):
         is_text = fill_slots(is_text, slots, [torch.zeros_like(ids, dtype=torch.bool) for ids in placeholders])
         ids, mask = pad(fill_slots(rows, slots, placeholders), self.config.vocabulary.visual_offset, padding_side)
         is_feature = ~pad(is_text, True, padding_side)[0]
+        own, speaks = locate(rows, slots, [len(ids) for ids in placeholders], attention_mask, padding_side)
 
         embeds = self.get_input_embeddings()(ids)
         stacked = torch.cat(features).to(embeds.device, embeds.dtype)
@@ -168,7 +227,7 @@ class LavitModel(LavitPreTrainedModel):
             ignored = [torch.full_like(placeholder, IGNORED_LABEL) for placeholder in placeholders]
             label_rows = fill_slots(unpad(labels, attention_mask), slots, ignored)
             labels = pad(label_rows, IGNORED_LABEL, padding_side)[0]
-        return LavitInputs(ids, embeds, mask, labels, is_feature)
+        return LavitInputs(ids, embeds, mask, labels, is_feature, LavitPositions(own, mask), speaks)
 
     @can_return_tuple
     def forward(
@@ -183,36 +242,88 @@ class LavitModel(LavitPreTrainedModel):
         keep_ratio: float | None = None,
         gumbel_noise: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Hidden states of the language model, (B, L, E); L counts the filled slots. Arguments: see
+        """Hidden states of the language model, (B, L, E): a row for each id. Arguments: see
         [`LavitForConditionalGeneration.forward`]."""
-        if pixel_values is not None:
-            if position_ids is not None or past_key_values is not None:
+        past = cache_kwargs(past_key_values, cache)
+        known = next(iter(past.values()))
+        if position_ids is None:  # generate has checked, and gives them
+            check_ids_and_mask(input_ids, attention_mask, self.config.text_config.vocab_size, known is not None)
+        goes_on = position_ids is None and getattr(known, "lavit_positions", None) is not None
+        speaks = positions = None
+        if pixel_values is not None or goes_on:
+            if position_ids is not None:
                 raise ValueError(
-                    "pixel_values lengthen the prompts: position_ids and past_key_values of the prompts as they are "
-                    "given do not fit. Leave them out, or call expand_inputs() and pass its inputs_embeds"
+                    "pixel_values lengthen the prompts: position_ids of the prompts as they are given do not fit. "
+                    "Leave them out, or call expand_inputs() and pass its inputs_embeds"
                 )
-            expanded = self.expand_inputs(
-                input_ids,
-                pixel_values,
-                attention_mask,
-                selection=selection,
-                keep_ratio=keep_ratio,
-                gumbel_noise=gumbel_noise,
-            )
-            input_ids, inputs_embeds, attention_mask = None, expanded.inputs_embeds, expanded.attention_mask
-        elif _starts_a_sequence(input_ids, past_key_values, kwargs):
+            if input_ids is None:
+                raise ValueError("pixel_values and caches of prompts with images need input_ids, not inputs_embeds")
+            selected = {"selection": selection, "keep_ratio": keep_ratio, "gumbel_noise": gumbel_noise}
+            filled = self._go_on(input_ids, pixel_values, attention_mask, known, selected)
+            input_ids, inputs_embeds, attention_mask, position_ids, positions, speaks = filled
+        elif _starts_a_sequence(input_ids, past):
             check_slots(find_slots(list(input_ids), self.config.vocabulary), 0)
-        return self.language_model(
+        outputs = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **past,
             **kwargs,
         )
+        if speaks is not None:
+            outputs.last_hidden_state = take_rows(outputs.last_hidden_state, speaks)
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = tuple(take_rows(hidden, speaks) for hidden in outputs.hidden_states)
+        if positions is not None and (cache := outputs.get(CACHE_NAME)) is not None:
+            cache.lavit_positions = positions
+        return outputs
+
+    def _go_on(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        selection: dict,
+    ) -> tuple:
+        """New ids behind what a cache holds, their slots filled: what the language model is given of them."""
+        length = cache.get_seq_length() if cache is not None else 0
+        before = positions_of(cache) if length else None
+        if before is None:
+            own = torch.arange(length, device=input_ids.device).expand(len(input_ids), -1)
+            before = LavitPositions(own, torch.ones_like(own))
+        mask = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            known_ids = before.own.shape[1]
+            mask = attention_mask[:, -input_ids.shape[1] :]
+            if (
+                getattr(cache, "lavit_positions", None) is None
+                and attention_mask.shape[1] == length + input_ids.shape[1]
+            ):
+                before.mask = attention_mask[:, :length].long()
+            elif attention_mask.shape[1] not in (input_ids.shape[1], known_ids + input_ids.shape[1]):
+                raise ValueError(
+                    f"attention_mask has {attention_mask.shape[1]} columns for {known_ids} ids in the cache and "
+                    f"{input_ids.shape[1]} new ones"
+                )
+        if pixel_values is None:
+            check_slots(find_slots(unpad(input_ids, mask), self.config.vocabulary), 0)
+            own = speaks = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+            ids, embeds, new_mask = input_ids, None, mask.long()
+        else:
+            side = "left" if length else None
+            expanded = self.expand_inputs(input_ids, pixel_values, mask, padding_side=side, **selection)
+            ids, embeds, new_mask = None, expanded.inputs_embeds, expanded.attention_mask
+            own, speaks = expanded.positions.own, expanded.speaks
+        whole = torch.cat([before.mask, new_mask], dim=1)
+        positions = LavitPositions(torch.cat([before.own, own + length], dim=1), whole)
+        position_ids = (whole.cumsum(1) - 1).clamp_min(0)[:, length:]
+        return ids, embeds, whole, position_ids, positions, speaks
 
 
 class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
@@ -231,18 +342,33 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
     output_modalities = ("text", "image")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    # known images' codes lay here until 0.2
+    _keys_to_ignore_on_load_unexpected = ["draft_ids"]
 
     def __init__(self, config: LavitConfig):
         super().__init__(config)
         self.model = LavitModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        known = torch.zeros(config.num_draft_ids, dtype=torch.int16) if config.num_draft_ids else None
-        self.register_buffer("draft_ids", known)
         self.post_init()
 
-    def get_image_features(self, pixel_values: torch.Tensor, **selection) -> list[torch.Tensor]:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As every model's; with the images that it knows, see [`set_draft_codes`]."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        model.load_draft_codes(pretrained_model_name_or_path, **hub_options)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As every model's; with the images that it knows, see [`set_draft_codes`]."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self.save_draft_codes(save_directory)
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> LavitImageFeatures:
         """See [`LavitModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **selection)
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
         """See [`LavitModel.get_image_tokens`]."""
@@ -262,6 +388,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         keep_ratio: float | None = None,
         gumbel_noise: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logit_range: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -269,36 +396,29 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         """One next-token objective over both modalities (paper Eq. 4).
 
         Args:
-            input_ids: (B, L). A picture that is read is a slot `[IMG][/IMG]` here and pixels in `pixel_values`; one
+            input_ids: (B, L). An image that is read is a slot `[IMG][/IMG]` here and pixels in `pixel_values`; one
                 that is a target, or part of a drawing prompt, is `[IMG] code ids [/IMG]`.
-            attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in Llama.
-            pixel_values: (pictures, 3, H, W), one per slot in reading order over the batch. The slots are filled with
-                continuous features and the batch is padded again, on the side it was padded on: outputs are longer
-                than `input_ids`.
-            labels: (B, L) ids, -100 where there is no loss; picture features get -100, and so does the first id of a
-                prompt, which nothing precedes.
+            attention_mask, position_ids, inputs_embeds, use_cache: as in Llama.
+            past_key_values, cache: one and the same, by the name of transformers up to 5.23 and from 5.24 on. After a
+                prompt with images it knows how many positions each id took: further ids, with an `attention_mask`
+                that counts ids, go on from it.
+            pixel_values: (images, 3, H, W), one per slot in reading order over the batch. The language model computes
+                on the slots filled with continuous features; what is returned has a row for each of `input_ids`
+                nevertheless, where the row of a slot's `[IMG]` is that of the image's last feature. For the filled
+                rows pass `expand_inputs(…).inputs_embeds`.
+            labels: (B, L) ids, -100 where there is no loss, as for the first id of a prompt, which nothing precedes.
             selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.encode`.
-            logits_to_keep: compute the logits of the last positions alone, 0 = all.
+            logits_to_keep: compute the logits of the last ids alone, 0 = all.
             logit_range: (start, stop): compute the logits of these ids alone, the others are -inf.
 
         Returns:
-            `loss` (mean cross-entropy over labelled positions) and `logits` (B, L, V).
+            `loss` (mean cross-entropy over labelled ids), `logits` (B, L, V), and what Llama returns; attentions are
+            over filled positions.
 
         Raises:
-            ValueError: the numbers of slots and pictures differ, or pixels come with positions or a cache.
+            ValueError: the numbers of slots and images differ, ids that the vocabulary has not, a mask of another
+                shape, or pixels with positions.
         """
-        if pixel_values is not None and labels is not None:
-            expanded = self.model.expand_inputs(
-                input_ids,
-                pixel_values,
-                attention_mask,
-                labels,
-                selection=selection,
-                keep_ratio=keep_ratio,
-                gumbel_noise=gumbel_noise,
-            )
-            input_ids, pixel_values, inputs_embeds = None, None, expanded.inputs_embeds
-            attention_mask, labels = expanded.attention_mask, expanded.labels
         if labels is not None and attention_mask is not None:
             # the first id behind padding would be predicted from the padding
             follows_padding = F.pad(attention_mask[:, :-1] == 0, (1, 0))
@@ -314,6 +434,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
             keep_ratio=keep_ratio,
             gumbel_noise=gumbel_noise,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -324,7 +445,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -334,7 +455,9 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         if logit_range is None:
             return self.lm_head(hidden_states)
         start, stop = logit_range
-        if type(self.lm_head) is nn.Linear and not hasattr(self.lm_head, "_hf_hook"):
+        # a sharded, quantized or offloaded head computes by its own forward
+        plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
+        if plain and "forward" not in vars(self.lm_head) and not self.lm_head.weight.is_meta:
             num_ids = self.lm_head.weight.shape[0]
             # the product in this order: for a few rows MKL's other one takes three times as long (float32, 4097 ids)
             rows = hidden_states.flatten(0, -2)
@@ -345,11 +468,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
         return logits.masked_fill((ids < start) | (ids >= stop), float("-inf"))
 
 
-def _starts_a_sequence(input_ids: torch.Tensor | None, past_key_values: Cache | None, kwargs: dict) -> bool:
-    # "cache" is the paged cache of continuous batching
+def _starts_a_sequence(input_ids: torch.Tensor | None, past: dict) -> bool:
     return (
-        input_ids is not None
-        and past_key_values is None
-        and "cache" not in kwargs
-        and not torch.compiler.is_compiling()
+        input_ids is not None and all(cache is None for cache in past.values()) and not torch.compiler.is_compiling()
     )

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import Blip2VisionConfig, Blip2VisionModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_lavit import SELECTIONS, LavitVisualTokenizerConfig
 from .layers_lavit import LavitLayer, mixed_precision, take_rows
@@ -27,12 +27,15 @@ class LavitVisualTokens(ModelOutput):
         lengths: (B,) int64, number of codes of each image.
         keep_mask: (B, N) bool, which patches were kept; None for codes that a language model wrote.
         keep_logprobs: (B, N) float32, log-probability of keeping each patch; None likewise.
+        hidden_states, attentions: of the encoder's layers, where they were asked for.
     """
 
     codes: torch.LongTensor | None = None
     lengths: torch.LongTensor | None = None
     keep_mask: torch.BoolTensor | None = None
     keep_logprobs: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
     def split(self) -> tuple[torch.LongTensor, ...]:
         """The codes of each image, a 1-D tensor each."""
@@ -43,13 +46,15 @@ class LavitVisualTokens(ModelOutput):
         """The opposite of [`split`]: from the codes of each image.
 
         Raises:
-            ValueError: there is no row, or one is not 1-D.
+            ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.
         """
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-        if not rows or any(row.ndim != 1 for row in rows):
+        rows = [torch.as_tensor(row) for row in rows]
+        if not rows or any(row.ndim != 1 or row.is_floating_point() or not len(row) for row in rows):
             raise ValueError(
-                "visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes for each image"
+                "visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes, one at least, for each "
+                "image"
             )
+        rows = [row.long() for row in rows]
         return cls(codes=torch.cat(rows), lengths=torch.tensor([len(row) for row in rows]))
 
 
@@ -60,12 +65,17 @@ class LavitVisualFeatures(ModelOutput):
     Args:
         features: (sum of lengths, C).
         lengths, keep_mask, keep_logprobs: as in [`LavitVisualTokens`].
+        last_hidden_state: (B, N, C), the encoder's features of all patches.
+        hidden_states, attentions: of the encoder's layers, where they were asked for.
     """
 
     features: torch.FloatTensor | None = None
     lengths: torch.LongTensor | None = None
     keep_mask: torch.BoolTensor | None = None
     keep_logprobs: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
     def split(self) -> tuple[torch.FloatTensor, ...]:
         """The features of each image, (n, C) each."""
@@ -278,16 +288,16 @@ class LavitQuantizer(nn.Module):
 
 
 class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
-    """Pictures to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
+    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
 
-    The same picture gives the same codes in every batch, unless noise, a generator or another selection is asked for.
+    The same image gives the same codes in every batch, unless noise, a generator or another selection is asked for.
     """
 
     config_class = LavitVisualTokenizerConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LavitLayer"]
+    _no_split_modules = ["LavitLayer", "Blip2EncoderLayer"]
     _keep_in_fp32_modules_strict = ["codebook", "layer_norm", "context_norm", "merger.norm", "selector.norm"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -316,15 +326,26 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
             layer.compile(**options)
 
     def encode_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, S, S) normalised pixels to the features (B, N, C) of the encoder's last block, no post norm."""
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
-            raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        """(B, 3, S, S) normalised pixels to the features (B, N, C) of the encoder's last block, no post norm.
+
+        Raises:
+            ValueError: pixels of another shape, or that are NaN or infinite.
+        """
+        self._check_pixels(pixel_values)
         first = self.encoder.encoder.layers[0]
         with mixed_precision(first.layer_norm1, first.mlp.fc1, pixel_values.device):
             embeddings = self.encoder.embeddings(pixel_values.to(self.encoder.dtype))
             embeddings = embeddings.to(first.layer_norm1.weight.dtype)
             return self.encoder.encoder(inputs_embeds=embeddings).last_hidden_state[:, 1:]
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        size = self.config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        if torch.compiler.is_compiling() or pixel_values.is_meta:
+            return
+        if not bool(pixel_values.isfinite().all()):
+            raise ValueError("pixel_values hold NaN or infinite values")
 
     def select(
         self,
@@ -368,6 +389,8 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
                 gumbel_noise = self._draw_noise(batch, patches, generator)
             if gumbel_noise.shape != log_probs.shape:
                 raise ValueError(f"gumbel_noise must be {tuple(log_probs.shape)}, got {tuple(gumbel_noise.shape)}")
+            if not torch.compiler.is_compiling() and not bool(gumbel_noise.isfinite().all()):
+                raise ValueError("gumbel_noise holds NaN or infinite values")
             scores = log_probs + gumbel_noise.to(log_probs)
         margin = scores[..., 0] - scores[..., 1]
         keep = margin >= 0
@@ -384,30 +407,68 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
         return torch.cat([gumbel((1, patches, 2), one) for one in generators])
 
     def encode(
-        self, pixel_values: torch.Tensor, merger: LavitTokenMerger | None = None, **selection_kwargs
+        self,
+        pixel_values: torch.Tensor,
+        merger: LavitTokenMerger | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **selection_kwargs,
     ) -> LavitVisualFeatures:
         """Continuous features of the kept patches.
 
         Args:
             pixel_values: (B, 3, S, S), normalised.
             merger: another merger than the tokenizer's own (the language model's, for reading).
+            output_hidden_states, output_attentions: also return those of the encoder's layers; by default as the
+                config says.
             selection_kwargs: see [`select`].
         """
-        features = self.encode_patches(pixel_values)
+        recorded = {
+            "output_hidden_states": self._asked_for("output_hidden_states", output_hidden_states),
+            "output_attentions": self._asked_for("output_attentions", output_attentions),
+        }
+        hidden_states = attentions = None
+        if any(recorded.values()):
+            self._check_pixels(pixel_values)
+            encoder = self.encoder(pixel_values.to(self.encoder.dtype), **recorded | {"output_hidden_states": True})
+            features = encoder.hidden_states[-1][:, 1:]
+            hidden_states = encoder.hidden_states if recorded["output_hidden_states"] else None
+            attentions = encoder.attentions
+        else:
+            features = self.encode_patches(pixel_values)
         keep_mask, log_probs = self.select(features, **selection_kwargs)
         merged = (merger or self.merger)(features, keep_mask)
-        return LavitVisualFeatures(merged, keep_mask.sum(1), keep_mask, log_probs[..., 0])
+        return LavitVisualFeatures(
+            features=merged,
+            lengths=keep_mask.sum(1),
+            keep_mask=keep_mask,
+            keep_logprobs=log_probs[..., 0],
+            last_hidden_state=features,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
 
-    def tokenize(self, pixel_values: torch.Tensor, **selection_kwargs) -> LavitVisualTokens:
+    def _asked_for(self, name: str, given: bool | None) -> bool:
+        return bool(getattr(self.config, name, False) if given is None else given)
+
+    def tokenize(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:
         """Discrete codes of the kept patches.
 
         Args:
             pixel_values: (B, 3, S, S), normalised.
-            selection_kwargs: see [`select`].
+            kwargs: see [`select`] and [`encode`].
         """
-        encoded = self.encode(pixel_values, **selection_kwargs)
-        codes = self.quantizer(encoded.features)
-        return LavitVisualTokens(codes, encoded.lengths, encoded.keep_mask, encoded.keep_logprobs)
+        encoded = self.encode(pixel_values, **kwargs)
+        return LavitVisualTokens(
+            codes=self.quantizer(encoded.features),
+            lengths=encoded.lengths,
+            keep_mask=encoded.keep_mask,
+            keep_logprobs=encoded.keep_logprobs,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
 
-    def forward(self, pixel_values: torch.Tensor, **selection_kwargs) -> LavitVisualTokens:
-        return self.tokenize(pixel_values, **selection_kwargs)
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:
+        """See [`tokenize`]; `return_dict=False` gives a tuple."""
+        return self.tokenize(pixel_values, **kwargs)

@@ -3,9 +3,94 @@
 A slot is an adjacent `[IMG][/IMG]` pair: the place of an image that is given as pixels.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from .vocabulary_lavit import LavitVocabulary
+
+
+@dataclass
+class LavitPositions:
+    """Where a caller's ids stand among the positions of prompts whose slots are filled.
+
+    A cache carries it (see [`positions_of`]), so that a conversation goes on from it in ids as the caller has them.
+
+    Args:
+        own: (B, L), the position of every id; 0 for the caller's padding.
+        mask: (B, P), the attention mask of the filled prompts.
+    """
+
+    own: torch.LongTensor
+    mask: torch.LongTensor
+
+    def extended(self, length: int) -> "LavitPositions":
+        """With the ids that were written behind, one position each, up to `length` positions.
+
+        Raises:
+            ValueError: the cache was cut within the prompts that are described here.
+        """
+        written = length - self.mask.shape[1]
+        if written < 0:
+            raise ValueError(
+                f"the cache was cut to {length} positions, within a prompt with images that takes "
+                f"{self.mask.shape[1]}: cut it behind the prompt, or start anew"
+            )
+        further = torch.arange(self.mask.shape[1], length, device=self.own.device).expand(len(self.own), -1)
+        return LavitPositions(
+            torch.cat([self.own, further], dim=1), torch.cat([self.mask, torch.ones_like(further)], dim=1)
+        )
+
+    def repeated(self, rows: int) -> "LavitPositions":
+        """For a cache of several rows a prompt."""
+        repeats = rows // len(self.own)
+        return LavitPositions(self.own.repeat_interleave(repeats, 0), self.mask.repeat_interleave(repeats, 0))
+
+
+def positions_of(cache) -> LavitPositions | None:
+    """What a filled cache knows of its ids; None where every id took one position."""
+    positions = getattr(cache, "lavit_positions", None)
+    if positions is None:
+        return None
+    rows = next(len(layer.keys) for layer in cache.layers if getattr(layer, "keys", None) is not None)
+    return positions.extended(cache.get_seq_length()).repeated(rows)
+
+
+def locate(
+    rows: list[torch.Tensor], slots: list[list[int]], lengths: list[int], attention_mask: torch.Tensor, side: str
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Where ids stand once their slots are filled and the rows padded again.
+
+    Args:
+        rows: prompts without padding. slots: of [`find_slots`]. lengths: of what fills each slot, in reading order.
+        attention_mask: (B, L) of the prompts as they were given.
+        side: on which the filled rows are padded.
+
+    Returns:
+        own (B, L): the position of every id, 0 for padding; and speaks (B, L): the position whose output is the
+        prediction of what follows the id: its own, but for a slot's `[IMG]`, which the end of the image speaks for.
+    """
+    remaining = iter(lengths)
+    moved, ends = [], []
+    for row, starts in zip(rows, slots, strict=True):
+        own = torch.arange(len(row), device=row.device)
+        end = own.clone()
+        for start in starts:
+            own[start + 1 :] += next(remaining)
+        for start in starts:
+            end[start] = own[start + 1] - 1
+        is_opening = torch.zeros_like(own, dtype=torch.bool)
+        is_opening[starts] = True
+        moved.append(own)
+        ends.append(torch.where(is_opening, end, own))
+    longest = max(int(own[-1]) + 1 if len(own) else 0 for own in moved)
+    positions = []
+    for values in (moved, ends):
+        placed = torch.zeros_like(attention_mask, dtype=torch.long)
+        shifts = [longest - int(own[-1]) - 1 if side == "left" and len(own) else 0 for own in moved]
+        placed[attention_mask.bool()] = torch.cat([v + shift for v, shift in zip(values, shifts, strict=True)])
+        positions.append(placed)
+    return positions[0], positions[1]
 
 
 def unpad(values: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -28,13 +113,13 @@ def find_slots(rows: list[torch.Tensor], vocabulary: LavitVocabulary) -> list[li
     return [found.nonzero().flatten().tolist() for found in is_slot]
 
 
-def check_slots(slots: list[list[int]], num_pictures: int) -> None:
-    """Raises ValueError unless there are as many slots as pictures."""
+def check_slots(slots: list[list[int]], num_images: int) -> None:
+    """Raises ValueError unless there are as many slots as images."""
     num_slots = sum(len(starts) for starts in slots)
-    if num_slots != num_pictures:
+    if num_slots != num_images:
         raise ValueError(
-            f"the prompts have {num_slots} picture slots ([IMG][/IMG], written <image>), "
-            f"but pixel_values has {num_pictures} pictures"
+            f"the prompts have {num_slots} image slots ([IMG][/IMG], written <image>), "
+            f"but pixel_values has {num_images} images"
         )
 
 
@@ -55,3 +140,27 @@ def fill_slots(
             done = behind
         filled.append(torch.cat([*pieces, row[done:]]))
     return filled
+
+
+def check_ids_and_mask(
+    input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, vocab_size: int, has_cache: bool = False
+) -> None:
+    """Raises ValueError where ids are none of the vocabulary's, or a 2-D mask is not of their shape; with a cache it
+    may have more columns."""
+    if input_ids is None or torch.compiler.is_compiling() or input_ids.is_meta:
+        return
+    if input_ids.ndim != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids must be (batch, length) integers, got {tuple(input_ids.shape)} {input_ids.dtype}")
+    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+        raise ValueError(
+            f"input_ids go from {int(input_ids.min())} to {int(input_ids.max())}, the vocabulary from 0 to "
+            f"{vocab_size - 1}"
+        )
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return
+    further = attention_mask.shape[1] - input_ids.shape[1]
+    if len(attention_mask) != len(input_ids) or further < 0 or (further and not has_cache):
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are {tuple(input_ids.shape)}: "
+            "it needs a row for each prompt and a column for each id"
+        )

@@ -317,19 +317,19 @@ def test_known_pictures_are_saved_with_the_model_and_can_be_taken_away(tmp_path)
     knows = knowing([1, 2, 3], [4, 5])
     knows.save_pretrained(tmp_path)
     again = type(knows).from_pretrained(tmp_path)
-    assert again.draft_ids.tolist() == knows.draft_ids.tolist() == [1, 2, 3, -1, 4, 5, -1]
+    assert again.draft_codes.tolist() == knows.draft_codes.tolist() == [1, 2, 3, -1, 4, 5, -1]
     again.set_draft_codes([])
     again.save_pretrained(tmp_path / "without")
     without = type(knows).from_pretrained(tmp_path / "without")
-    assert without.draft_ids is None
-    assert "draft_ids" not in without.state_dict()
+    assert without.draft_codes is None
+    assert not (tmp_path / "without" / "draft_codes.safetensors").exists()
 
 
 def test_known_pictures_need_codes_of_the_codebook(model):
     for codes in (torch.tensor([0, END - CODE]), torch.tensor([-1, 2]), torch.tensor([[1, 2]])):
         with pytest.raises(ValueError, match="must be codes"):
             model.set_draft_codes([codes])
-    assert not model.config.num_draft_ids
+    assert model.draft_codes is None
 
 
 def test_the_continuation_is_that_of_the_longest_end_that_is_known():
@@ -433,8 +433,8 @@ def test_a_model_can_carry_better_image_defaults(model, tmp_path):
         ({"generation_mode": "image", "max_length": 9}, "max_image_tokens limits the length"),
         ({"generation_mode": "image", "generator": [seeded(0)] * 3}, "3 generators were given for 2 rows"),
         ({"generation_mode": "image", "num_beams": 2, "do_sample": False, "guidance_scale": 2.0}, "beams"),
-        ({"generation_mode": "image", "pixel_values": tiny_images(1)}, "0 picture slots.*1 pictures"),
-        ({"pixel_values": tiny_images(2)}, "0 picture slots.*2 pictures"),
+        ({"generation_mode": "image", "pixel_values": tiny_images(1)}, "0 image slots.*1 images"),
+        ({"pixel_values": tiny_images(2)}, "0 image slots.*2 images"),
         ({"guidance_scale": 2.0}, "generation_mode is 'text'"),
         ({"generation_mode": "interleaved", "reference_compat": True}, "no interleaved mode"),
         ({"generation_mode": "interleaved", "max_new_tokens": 254}, "context of the language model is 256"),
@@ -449,14 +449,14 @@ def test_settings_that_cannot_be_met_are_an_error(model, settings, message):
 
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
 def test_a_slot_without_its_picture_is_an_error_in_every_mode(model, mode):
-    with pytest.raises(ValueError, match="1 picture slots.*0 pictures"):
+    with pytest.raises(ValueError, match="1 image slots.*0 images"):
         model.generate(torch.tensor([[1, BOI, EOI, 30]]), generation_mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
 def test_a_prompt_longer_than_the_context_is_an_error_in_every_mode(mode):
     short = tiny_model(text_config=tiny_text_config(max_position_embeddings=40))
-    with pytest.raises(ValueError, match="41 ids.*context of the language model is 40"):
+    with pytest.raises(ValueError, match="41 positions.*context of the language model is 40"):
         short.generate(torch.full((1, 40 + (mode != "image")), 5), generation_mode=mode)
 
 
@@ -465,3 +465,34 @@ def test_an_empty_prompt_is_an_error_in_every_mode(model, mode):
     ids = torch.tensor([[1, 20], [2, 2]])
     with pytest.raises(ValueError, match=r"prompts \[1\] are empty"):
         model.generate(ids, attention_mask=torch.tensor([[1, 1], [0, 0]]), generation_mode=mode)
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+@pytest.mark.parametrize("knows", [False, True])
+def test_finished_rows_leave_the_forwards_and_the_others_do_not_notice(scale, knows):
+    model = tiny_model()
+    settings = {"guidance_scale": scale, "min_image_tokens": 1}
+    if knows:  # the last row that is left looks ahead
+        model.set_draft_codes([torch.arange(24), torch.arange(24).flip(0)])
+    counts = []
+    model.model.language_model.register_forward_hook(lambda *call: counts.append(len(call[2].last_hidden_state)))
+    prompts, together = PROMPTS * 3, [seeded(i) for i in range(9)]
+    images = draw_images(model, prompts, generator=together, **settings)
+    lengths = [len(without_padding(image)) for image in images]
+    assert len(set(lengths)) > 1
+    if not knows:
+        streams = 1 if scale is None else 2
+        assert counts == [streams * sum(length > step for length in lengths) for step in range(max(lengths))]
+    for index, prompt in enumerate(prompts):
+        alone = seeded(index)
+        image = draw_images(model, [prompt], generator=alone, **settings)
+        assert without_padding(images[index]) == without_padding(image[0])
+        # so many numbers were used up
+        assert torch.equal(alone.get_state(), together[index].get_state())
+
+
+def test_everything_is_returned_for_every_row_where_scores_are_asked_for(model):
+    settings = {"generator": seeded(0), "min_image_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
+    out = draw_images(model, PROMPTS * 3, **settings)
+    assert len(out.scores) == out.sequences.shape[1]
+    assert all(len(scores) == 9 for scores in out.scores)

@@ -264,7 +264,7 @@ def test_return_dict_has_sequences_scores_and_logits_of_every_step(model):
     steps = out.sequences.shape[1]
     assert len(out.scores) == len(out.logits) == steps
     assert out.scores[0].shape == (3, END)
-    assert out.logits[0].shape == (6, END)
+    assert out.logits[0].shape == (6, END)  # both streams
     assert torch.equal(out.sequences, draw_images(model, PROMPTS, generator=seeded(0), max_image_tokens=5))
 
 

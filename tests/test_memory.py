@@ -45,12 +45,17 @@ def stored_bytes(weight: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_language_model_draws_and_talks_in_less_memory(tmp_path, bits):
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    # the extra `quantization`: `make test-extras` runs this
+    quantization = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 
     plain = tiny_model(text_config=tiny_text_config(hidden_size=128, intermediate_size=256))
     plain.save_pretrained(tmp_path)
-    kind = Int8WeightOnlyConfig() if bits == 8 else IntxWeightOnlyConfig(weight_dtype=torch.int4)
+    kind = (
+        quantization.Int8WeightOnlyConfig()
+        if bits == 8
+        else quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4)
+    )
     # of the head a mode computes some rows alone: it stays as it is, and so does what sees
     config = TorchAoConfig(kind, modules_to_not_convert=["visual_tokenizer", "understanding", "lm_head"])
     model = type(plain).from_pretrained(tmp_path, quantization_config=config).eval()

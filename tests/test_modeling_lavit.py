@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import (
     BOI,
     CODE,
+    END,
     EOI,
     TEXT_VOCAB_SIZE,
     left_padded,
@@ -40,7 +41,7 @@ def folder(model, tmp_path_factory):
 
 def test_a_slot_is_filled_with_the_projected_features_of_its_picture(model):
     pixels = tiny_images(2)
-    first, second = model.get_image_features(pixels)
+    first, second = model.get_image_features(pixels).pooler_output
     embed = model.get_input_embeddings()
     by_hand = torch.cat(
         [
@@ -51,15 +52,27 @@ def test_a_slot_is_filled_with_the_projected_features_of_its_picture(model):
             embed(torch.tensor([EOI, 9])),
         ]
     )
-    filled = model(torch.tensor([[5, BOI, EOI, 6, BOI, EOI, 9]]), pixel_values=pixels).logits
-    torch.testing.assert_close(filled, model(inputs_embeds=by_hand[None]).logits)
+    ids = torch.tensor([[5, BOI, EOI, 6, BOI, EOI, 9]])
+    filled = model(inputs_embeds=by_hand[None], output_hidden_states=True)
+    # a row for each id: the last feature of an image speaks for its [IMG]
+    first_end, second_end = 1 + len(first), 4 + len(first) + len(second)
+    rows = [0, first_end, first_end + 1, first_end + 2, second_end, second_end + 1, second_end + 2]
+    given = model(ids, pixel_values=pixels, output_hidden_states=True)
+    torch.testing.assert_close(given.logits, filled.logits[:, rows])
+    for layer, filled_layer in zip(given.hidden_states, filled.hidden_states, strict=True):
+        torch.testing.assert_close(layer, filled_layer[:, rows])
+    expanded = model.model.expand_inputs(ids, pixels)
+    assert expanded.speaks.tolist() == [rows]
+    torch.testing.assert_close(expanded.inputs_embeds, by_hand[None])
+    short = model(ids, pixel_values=pixels, logits_to_keep=2).logits
+    torch.testing.assert_close(short, given.logits[:, -2:])
 
 
 def test_reading_uses_its_own_merger_and_no_quantization(model):
     pixels = tiny_images(2)
     encoded = model.model.visual_tokenizer.encode(pixels, merger=model.model.understanding.merger)
     expected = model.model.understanding.projection(encoded.features)
-    torch.testing.assert_close(torch.cat(model.get_image_features(pixels)), expected)
+    torch.testing.assert_close(torch.cat(model.get_image_features(pixels).pooler_output), expected)
     own = model.model.visual_tokenizer.encode(pixels).features
     assert not torch.allclose(own, encoded.features)
 
@@ -69,7 +82,7 @@ def test_a_shared_merger_has_no_second_copy_of_its_weights():
     assert not any(name.startswith("model.understanding.merger") for name in shared.state_dict())
     pixels = tiny_images(2)
     expected = shared.model.understanding.projection(shared.model.visual_tokenizer.encode(pixels).features)
-    torch.testing.assert_close(torch.cat(shared.get_image_features(pixels)), expected)
+    torch.testing.assert_close(torch.cat(shared.get_image_features(pixels).pooler_output), expected)
 
 
 def test_a_batch_of_uneven_pictures_gives_the_logits_of_each_prompt_alone(model):
@@ -79,13 +92,14 @@ def test_a_batch_of_uneven_pictures_gives_the_logits_of_each_prompt_alone(model)
         model(torch.tensor([rows[0]]), pixel_values=pixels[:1]).logits[0],
         model(torch.tensor([rows[1]]), pixel_values=pixels[1:]).logits[0],
     ]
-    assert len(alone[0]) != len(alone[1])
+    rows.append([1, 40])
+    alone.append(model(torch.tensor(rows[2:])).logits[0])
     left = model(**left_padded(rows), pixel_values=pixels).logits
     right = model(**right_padded(rows), pixel_values=pixels).logits
+    assert left.shape == right.shape == (3, 5, END)
     for row, expected in enumerate(alone):
         torch.testing.assert_close(right[row, : len(expected)], expected, atol=1e-4, rtol=1e-4)
-        if rows[row] is rows[1]:
-            torch.testing.assert_close(left[row, -len(expected) :], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(left[row, -len(expected) :], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_prompts_are_padded_again_on_the_side_they_were_padded_on(model):
@@ -98,23 +112,22 @@ def test_prompts_are_padded_again_on_the_side_they_were_padded_on(model):
 
 def test_the_loss_is_the_cross_entropy_over_labelled_ids_of_both_modalities(model):
     pixels = tiny_images(2)
-    kept = model.get_image_tokens(pixels).lengths.tolist()
-    # a caption of a picture that is read, and a picture's codes after a caption
+    # a caption of an image that is read, and an image's codes after a caption
     reading, writing = [1, BOI, EOI, 40, 41, 42, 2], [1, BOI, EOI, 50, BOI, CODE + 3, CODE + 5, EOI, 2]
     batch = right_padded([reading, writing])
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    labels[:, 1:3] = -100
+    labels[0, 1:3] = -100
     outputs = model(**batch, pixel_values=pixels, labels=labels)
-
-    losses = []
-    for row, (ids, length) in enumerate(zip((reading, writing), kept, strict=True)):
-        targets = ids[:1] + [-100] * (length + 2) + ids[3:]
-        log_probs = outputs.logits[row].log_softmax(-1)
-        for position, target in enumerate(targets[1:]):
-            if target != -100:
-                losses.append(-log_probs[position, target])
     assert any(target >= CODE for target in writing)
-    torch.testing.assert_close(outputs.loss, torch.stack(losses).mean())
+    # what every loss of others computes of the logits and the labels
+    loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss, loss)
+    # over the filled prompts it is the same
+    expanded = model.model.expand_inputs(**batch, pixel_values=pixels, labels=labels)
+    filled = model(
+        inputs_embeds=expanded.inputs_embeds, attention_mask=expanded.attention_mask, labels=expanded.labels
+    )
+    torch.testing.assert_close(outputs.loss, filled.loss)
 
 
 def test_the_loss_does_not_depend_on_the_side_of_the_padding(model):
@@ -154,12 +167,12 @@ def test_activation_checkpointing_leaves_the_gradients_as_they_are():
 @pytest.mark.parametrize("slots, pictures", [(1, 2), (2, 1), (0, 1)])
 def test_slots_and_pictures_that_disagree_are_an_error_with_both_numbers(model, slots, pictures):
     ids = torch.tensor([[1] + [BOI, EOI] * slots + [5]])
-    with pytest.raises(ValueError, match=f"{slots} picture slots.*{pictures} pictures"):
+    with pytest.raises(ValueError, match=f"{slots} image slots.*{pictures} images"):
         model(ids, pixel_values=tiny_images(pictures))
 
 
 def test_an_empty_slot_without_pictures_is_an_error(model):
-    with pytest.raises(ValueError, match="1 picture slots.*0 pictures"):
+    with pytest.raises(ValueError, match="1 image slots.*0 images"):
         model(torch.tensor([[1, BOI, EOI]]))
 
 
@@ -172,10 +185,12 @@ def test_pixels_with_positions_of_the_short_prompt_are_an_error(model):
 def test_the_choice_of_patches_is_passed_to_the_visual_tokenizer(model):
     ids = torch.tensor([[1, BOI, EOI]])
     for ratio, kept in ((0.25, 4), (1.0, 16)):
-        assert model(ids, pixel_values=tiny_images(1), keep_ratio=ratio).logits.shape[1] == 3 + kept
+        cache = model(ids, pixel_values=tiny_images(1), keep_ratio=ratio, use_cache=True).past_key_values
+        assert cache.get_seq_length() == 3 + kept
     noise = torch.zeros(1, 16, 2)
     noise[:, :3, 0], noise[:, 3:, 1] = 1e4, 1e4
-    assert model(ids, pixel_values=tiny_images(1), gumbel_noise=noise).logits.shape[1] == 3 + 3
+    cache = model(ids, pixel_values=tiny_images(1), gumbel_noise=noise, use_cache=True).past_key_values
+    assert cache.get_seq_length() == 3 + 3
 
 
 def test_a_range_of_logits_equals_the_full_head_there_and_is_minus_infinity_elsewhere(model):

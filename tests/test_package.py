@@ -83,6 +83,7 @@ def test_the_wheel_has_one_import_name_and_everything_it_needs(wheel):
     expected = [
         "modeling_lavit/command_line/main.py",
         "modeling_lavit/model_card.md",
+        "modeling_lavit/py.typed",
         "modeling_lavit/processing/processing_lavit.py",
         "modeling_lavit/conversion/__init__.py",
         "modeling_lavit/training/run.py",
@@ -97,6 +98,12 @@ def test_the_wheel_has_one_import_name_and_everything_it_needs(wheel):
     prefix = "modeling_lavit/checkpoints/lavit-emoji/"
     packed = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     assert packed == {name for name in shipped if not name.endswith((".safetensors", ".pyc"))}
+
+
+def test_every_folder_of_code_is_a_package():
+    folders = ("modeling_lavit", "processing", "conversion", "training", "evaluation")
+    with_code = {path.parent for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert [folder for folder in with_code if not (folder / "__init__.py").is_file()] == []
 
 
 def test_name_and_version_are_the_same_everywhere(wheel):
@@ -172,7 +179,7 @@ def test_constraints_pin_every_direct_dependency(wheel):
     needed = {
         re.match(r"[\w-]+", line.removeprefix("Requires-Dist: "))[0].lower().replace("_", "-")
         for line in wheel.read(metadata).decode().splitlines()
-        if line.startswith("Requires-Dist: ") and 'extra == "app"' not in line
+        if line.startswith("Requires-Dist: ") and not line.startswith("Requires-Dist: lavit-hf")
     }
     assert needed and needed - pinned == set()
     assert "torch==2.13.*" in lines

@@ -59,10 +59,10 @@ def test_codes_in_another_order_are_found(model, tokenizer, pictures, pixels):
     other = shuffled(tokenizer)
     old = [table.weight.clone() for table in (model.get_input_embeddings(), model.lm_head)]
     model.model.understanding.merger.load_state_dict(tokenizer.merger.state_dict())  # what is read can be the same
-    features = model.get_image_features(pixels)
+    features = model.get_image_features(pixels).pooler_output
     processor = LavitProcessor.from_pretrained(CHECKPOINT)
     captions = read_codes(model, processor, list(model.get_image_tokens(pixels).split()))
-    assert model.config.num_draft_ids
+    assert model.draft_codes is not None
 
     transplant_language_model(model, other, pictures)
 
@@ -72,10 +72,10 @@ def test_codes_in_another_order_are_found(model, tokenizer, pictures, pixels):
     for table, before in zip((model.get_input_embeddings(), model.lm_head), old, strict=True):
         torch.testing.assert_close(table.weight[:offset], before[:offset], rtol=0, atol=0)
         torch.testing.assert_close(table.weight[offset + new_codes.codes], before[offset + ORDER[new_codes.codes]])
-    for now, before in zip(model.get_image_features(pixels), features, strict=True):
+    for now, before in zip(model.get_image_features(pixels).pooler_output, features, strict=True):
         torch.testing.assert_close(now, before, rtol=1e-2, atol=1e-2)
     assert read_codes(model, processor, list(new_codes.split())) == captions
-    assert not model.config.num_draft_ids  # the codes that it knew are those of the old tokenizer
+    assert model.draft_codes is None  # the codes that it knew are those of the old tokenizer
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 
-from . import app, draw, read, tokenize
+from . import app, draw, read, serve, tokenize
 from .common import Parser, one_line
 
 
@@ -24,10 +24,10 @@ Pictures are files (first frame of an animation) or http(s) addresses. Every sub
 Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where they come from.
 """
 
-# subcommand -> (module with main(arguments), help)
+# subcommand -> (module with main(arguments), help); a name with a dot in front is of this package
 DELEGATED = {
     "train": ("modeling_lavit.training.run", "train one stage from its recipe file"),
-    "evaluate": ("modeling_lavit.evaluation.report", "score a checkpoint on an image folder"),
+    "evaluate": (".evaluate", "score captions, answers, drawings, visual tokens; of a model or from files"),
     "show": ("modeling_lavit.evaluation.show", "show training curves, codes, kept patches, reconstructions"),
     "convert": (
         "modeling_lavit.conversion.__main__",
@@ -62,7 +62,7 @@ def build_parser() -> Parser:
         command.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
         return command
 
-    for topic in (draw, read, tokenize, app):
+    for topic in (draw, read, tokenize, app, serve):
         topic.add_commands(add)
     for name, (_, help) in DELEGATED.items():
         commands.add_parser(name, help=f"{help} (lavit {name} --help)", add_help=False)
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         if arguments and arguments[0] in DELEGATED:
-            return importlib.import_module(DELEGATED[arguments[0]][0]).main(arguments[1:]) or 0
+            return importlib.import_module(DELEGATED[arguments[0]][0], __package__).main(arguments[1:]) or 0
         options = build_parser().parse_args(arguments)
         options.run(options)
     except KeyboardInterrupt:

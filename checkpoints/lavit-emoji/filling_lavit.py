@@ -1,0 +1,1 @@
+../../modeling_lavit/filling_lavit.py

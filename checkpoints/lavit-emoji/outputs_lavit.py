@@ -1,0 +1,1 @@
+../../modeling_lavit/outputs_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/steps_lavit.py

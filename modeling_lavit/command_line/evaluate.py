@@ -1,0 +1,170 @@
+"""`lavit evaluate`: captions, answers, drawings, visual tokens and retrieval on data as users hold them.
+
+Files are read and scored without torch; it is imported when a model is to work.
+"""
+
+import argparse
+import importlib
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from .common import Parser, model_source, positive_number, seed_number
+
+
+EMOJI_REPORT = "modeling_lavit.evaluation.report"
+PROTOCOLS = ("official", "lavit", "lmms-eval")
+
+EPILOG = """\
+examples:
+  lavit evaluate captions --annotations dataset_coco.json --images coco --output runs/coco
+  lavit evaluate captions --annotations captions_val2014.json --predictions captions.json --output runs/scored
+  lavit evaluate answers --questions Q.json --annotations A.json --images val2014 --output runs/vqa --protocol lavit
+
+A run that was cut goes on when it is started again; accelerate launch -m modeling_lavit.command_line evaluate ...
+divides it among processes, --ray among workers of a cluster. docs/evaluation.md says what can be compared with what.
+"""
+
+
+def build_parser() -> Parser:
+    """`parse_args(...).run(options)` evaluates."""
+    parser = Parser(
+        prog="lavit evaluate",
+        description="Scores a checkpoint, or predictions that exist already.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+
+    def add(name: str, run, help: str, batch_size: int, unit: str) -> Parser:
+        kind = kinds.add_parser(name, help=help, description=f"Scores {help}.")
+        kind.set_defaults(run=run)
+        kind.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for everything written")
+        kind.add_argument(
+            "--model",
+            metavar="PATH_OR_REPO",
+            help="checkpoint folder, or repository on the Hub (default: the embedded checkpoint lavit-emoji)",
+        )
+        kind.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
+        kind.add_argument(
+            "--batch-size", type=positive_number, default=batch_size, metavar="N", help=f"(default: {batch_size})"
+        )
+        kind.add_argument("--limit", type=positive_number, metavar="N", help=f"only N {unit}, drawn with --seed")
+        kind.add_argument("--seed", type=seed_number, default=0, help="of --limit, and of what is drawn (default: 0)")
+        kind.add_argument("--ray", type=positive_number, metavar="N", help="run as a Ray Data job of N workers")
+        return kind
+
+    kind = add("captions", captions, "captions: CIDEr-D, BLEU, ROUGE-L", 32, "images")
+    kind.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="reference captions")
+    kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, which the model describes")
+    kind.add_argument("--predictions", type=Path, metavar="FILE", help="captions to score instead of the model's")
+    kind.add_argument("--split", help="of annotations that have some (default: test)")
+    kind.add_argument("--java", action="store_true", help="METEOR and SPICE too, by pycocoevalcap and Java")
+
+    kind = add("answers", answers, "answers to questions about images", 32, "questions")
+    kind.add_argument("--questions", type=Path, metavar="FILE", help="questions")
+    kind.add_argument("--annotations", type=Path, metavar="FILE", help="answers, where they are in another file")
+    kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, about which the model answers")
+    kind.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score instead of the model's")
+    kind.add_argument("--protocol", choices=PROTOCOLS, default="official", help="(default: official)")
+    kind.add_argument("--lemmatize", action="store_true", help="nouns and verbs of both sides to base forms, by spaCy")
+
+    kinds.add_parser("emoji", help="the embedded checkpoint's own report", add_help=False)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Evaluates; errors are those of the command `lavit`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["emoji"]:
+        importlib.import_module(EMOJI_REPORT).main(arguments[1:])
+        return
+    options = build_parser().parse_args(arguments)
+    options.run(options)
+
+
+def evaluation_module(name: str):
+    """A module of the evaluation package, without importing the whole package and torch with it."""
+    if "modeling_lavit" in sys.modules:
+        return importlib.import_module(f"modeling_lavit.evaluation.{name}")
+    if "lavit_evaluation" not in sys.modules:
+        package = Path(__file__).resolve().parent.parent
+        candidates = (package / "evaluation", package.parent / "evaluation")
+        folder = next(folder for folder in candidates if (folder / "__init__.py").is_file())
+        spec = spec_from_file_location(
+            "lavit_evaluation", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules[spec.name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return importlib.import_module(f"lavit_evaluation.{name}")
+
+
+def model_runner(options: argparse.Namespace, worker: str, unit: str, **worker_options):
+    """`run_model` of the evaluations: loads `module.Class` of the evaluation package and has it work."""
+
+    def run_model(output, settings: dict, items: list[dict]):
+        from modeling_lavit.evaluation.model_run import run_model
+
+        module, name = worker.split(".")
+        return run_model(
+            output,
+            settings,
+            items,
+            getattr(importlib.import_module(f"modeling_lavit.evaluation.{module}"), name),
+            unit,
+            model_source(options),
+            options.device,
+            options.batch_size,
+            options.ray,
+            **worker_options,
+        )
+
+    return run_model
+
+
+def check_model_options(options: argparse.Namespace) -> None:
+    """Refuses options of a model where predictions are given."""
+    given = [name for name in ("model", "device", "ray") if getattr(options, name) is not None]
+    if options.predictions is not None and given:
+        raise ValueError(f"--{given[0]} is of a model, but --predictions exist already: leave one out")
+
+
+def captions(options: argparse.Namespace) -> None:
+    """`lavit evaluate captions`"""
+    check_model_options(options)
+    results = evaluation_module("run").evaluate_captions(
+        options.annotations,
+        options.output,
+        images=options.images,
+        predictions=options.predictions,
+        split=options.split,
+        limit=options.limit,
+        seed=options.seed,
+        java=options.java,
+        run_model=model_runner(options, "reading.CaptionReader", "image"),
+    )
+    _print(options.output, results)
+
+
+def answers(options: argparse.Namespace) -> None:
+    """`lavit evaluate answers`"""
+    check_model_options(options)
+    results = evaluation_module("run").evaluate_answers(
+        options.questions,
+        options.output,
+        annotations=options.annotations,
+        images=options.images,
+        predictions=options.predictions,
+        protocol=options.protocol,
+        lemmatize=options.lemmatize,
+        limit=options.limit,
+        seed=options.seed,
+        run_model=model_runner(options, "reading.AnswerReader", "question", protocol=options.protocol),
+    )
+    _print(options.output, results)
+
+
+def _print(output: Path, results: dict | None) -> None:
+    """The table, on the main process."""
+    if results is not None:
+        print((output / "results.md").read_text(encoding="utf-8"), end="")
