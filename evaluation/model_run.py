@@ -54,7 +54,7 @@ def run_model(
     Raises:
         ValueError: the folder was begun with other settings.
     """
-    from modeling_lavit.training.sources import process_state
+    from modeling_lavit.training.distributed import process_state
 
     state = process_state()
     folder = OutputFolder(output, state.process_index, state.num_processes)

@@ -1,4 +1,4 @@
-"""What the recipes of the three stages may hold: one model of pydantic a stage, every field with default, unit, source.
+"""What the recipes of the three stages may hold: one pydantic model a stage, every field with default, unit, source.
 
 A recipe file says what differs from these defaults. The tables of the documentation are made from the descriptions
 below (`docs/recipe_fields.py`).
@@ -110,8 +110,8 @@ class Augmentation(Section):
 # --- how it is trained -----------------------------------------------------------------------------------------------
 
 
-_Known = create_model(
-    "_Known",
+Known = create_model(
+    "Known",
     __base__=Section,
     **{
         field.name: (get_type_hints(TrainingArguments)[field.name] | None, None)
@@ -121,7 +121,7 @@ _Known = create_model(
 )
 
 
-class Arguments(_Known):
+class Arguments(Known):
     """Arguments of `transformers.TrainingArguments`; those below have defaults of their own, all others may stand here
     too."""
 
@@ -155,7 +155,7 @@ class Recipe(Section):
     """What all stages have."""
 
     stage: str
-    data: Data
+    data: Data = Field(description="What the stage is trained on.")
     augmentation: Augmentation = Augmentation()
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Evaluations without improvement after which training stops; none: it never does."
@@ -229,7 +229,9 @@ class TokenizerRecipe(Recipe):
     """Stage 1: selector, merger, quantizer and the decoder that proves them (paper section 3.1)."""
 
     stage: Literal["tokenizer"] = "tokenizer"
-    encoder: Checkpoint = Field(description="LaVIT checkpoint, or visual tokenizer, whose encoder is taken; it stays frozen.")
+    encoder: Checkpoint = Field(
+        description="LaVIT checkpoint, or visual tokenizer, whose encoder is taken; it stays frozen."
+    )
     start: str | None = Field(None, description="Result of this stage that training goes on from.")
     model: VisualTokenizerSizes = Field(
         VisualTokenizerSizes(), description="Sizes of the visual tokenizer; the official ones by default."

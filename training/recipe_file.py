@@ -8,7 +8,7 @@ from typing import get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from modeling_lavit.training.recipe import Recipe
+from modeling_lavit.training.recipe import Arguments, Known, Recipe
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -75,7 +75,11 @@ def load_recipe(path: Path, overrides: list[str], recipe_class: type[Recipe]) ->
         OSError: there is no such file.
         ValueError: one line that names file, key, and what is expected.
     """
-    values = read_values(path, overrides)
+    return validate(path, read_values(path, overrides), recipe_class)
+
+
+def validate(path: Path, values: dict, recipe_class: type[Recipe]) -> Recipe:
+    """The recipe of a stage that a file's values make; see [`load_recipe`]."""
     try:
         return recipe_class.model_validate(values)
     except ValidationError as error:
@@ -86,16 +90,16 @@ def describe(error: ValidationError, values: dict, recipe_class: type[Recipe]) -
     """The first wrong key, and what is expected there."""
     first, *others = error.errors()
     keys, node, section = [], values, recipe_class
-    for part in first["loc"]:  # parts that are no keys name one of several types
+    for part in first["loc"]:
         if not isinstance(node, dict) or (part not in node and first["type"] != "missing"):
-            break
+            break  # parts that are no keys name one of several types
+        if keys:
+            section = _section_below(section, keys[-1])
         keys.append(str(part))
-        if first["type"] == "extra_forbidden" and len(keys) == len(first["loc"]):
-            break
-        node, section = node.get(part), _section_below(section, part)
+        node = node.get(part)
     key = ".".join(keys)
     if first["type"] == "missing":
-        return f"{key}: is missing; {section.model_fields[keys[-1]].description if section else 'it is needed'}"
+        return f"{key}: is missing; {section.model_fields[keys[-1]].description}"
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(keys[-1], section.model_fields, n=3)
         known = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(_own_fields(section))}"
@@ -107,12 +111,15 @@ def describe(error: ValidationError, values: dict, recipe_class: type[Recipe]) -
     return f"{key}: expected {expected}, got {first['input']!r:.80}"
 
 
-def _section_below(section: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
+def _section_below(section: type[BaseModel], key: str) -> type[BaseModel]:
     """The section under a key of a section, or the section itself where the key holds a value."""
-    field = section.model_fields.get(key) if section else None
-    types = (field.annotation, *get_args(field.annotation)) if field else ()
+    annotation = section.model_fields[key].annotation
+    types = (annotation, *get_args(annotation))
     return next((kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
 
 
 def _own_fields(section: type[BaseModel]) -> list[str]:
-    return [name for name, field in section.model_fields.items() if field.description]
+    """Fields that are worth naming: not all that `TrainingArguments` has."""
+    return [
+        name for name in section.model_fields if name not in Known.model_fields or name in Arguments.__annotations__
+    ]

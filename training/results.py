@@ -63,9 +63,7 @@ def load_component(folder: Path, classes: dict[str, type]) -> nn.Module:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise OSError(
-            f"there is no {path}: it must be a result of stage 3, or a folder of Stable Diffusion 1.5 or XL"
-        )
+        raise OSError(f"there is no {path}: it must be a result of stage 3, or a folder of Stable Diffusion 1.5 or XL")
     name = json.loads(path.read_text()).get("_class_name")
     if name not in classes:
         raise ValueError(f"{folder} holds a {name}; known here are {sorted(classes)}")

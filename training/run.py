@@ -22,7 +22,7 @@ from modeling_lavit.command_line.common import Parser
 from modeling_lavit.training.callbacks import AfterStepCallback, EpochCallback, LogCallback
 from modeling_lavit.training.checkpoints import last_whole_checkpoint
 from modeling_lavit.training.recipe import Recipe
-from modeling_lavit.training.recipe_file import load_recipe, parse_yaml, read_values
+from modeling_lavit.training.recipe_file import parse_yaml, read_values, validate
 from modeling_lavit.training.stage import Parts, Stage, StageTrainer, collate_of
 from modeling_lavit.training.train_language_model import LanguageModelStage
 from modeling_lavit.training.train_pixel_decoder import PixelDecoderStage
@@ -57,7 +57,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ValueError(f"training_arguments: {error}") from error
     if "tensorboard" in arguments.report_to and not is_tensorboard_available():
-        raise ValueError("training_arguments.report_to: tensorboard is not installed (pip install tensorboard, or none)")
+        raise ValueError(
+            "training_arguments.report_to: tensorboard is not installed (pip install tensorboard, or none)"
+        )
     if arguments.n_gpu > 1:
         raise ValueError(
             f"there are {arguments.n_gpu} GPUs: start one process each (torchrun --nproc_per_node {arguments.n_gpu} "
@@ -103,8 +105,11 @@ def _different_keys(one: dict, other: dict, prefix: str = "") -> list[str]:
     return keys
 
 
-def run(stage: Stage, recipe: Recipe) -> None:
+def run(stage: Stage, recipe: Recipe, arguments: TrainingArguments) -> None:
     """Trains one stage to the end and writes its result to `<output_dir>/final`, unless it is there.
+
+    Args:
+        arguments: of [`training_arguments`].
 
     Raises:
         ValueError: the recipe's parts do not fit each other, or training failed: then the message names a file with
@@ -113,7 +118,6 @@ def run(stage: Stage, recipe: Recipe) -> None:
     """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    arguments = training_arguments(recipe)
     output_dir = Path(arguments.output_dir)
     if is_complete(output_dir, recipe):
         print(f"{output_dir}/final is complete: nothing is left to train")
@@ -218,7 +222,9 @@ def find_recipe(name: str, folders: list[Path]) -> Path:
 
 
 def main(
-    arguments: list[str] | None = None, stages: dict[str, Stage] = STAGES, recipe_folders: tuple[Path, ...] = (RECIPES,)
+    arguments: list[str] | None = None,
+    stages: dict[str, Stage] = STAGES,
+    recipe_folders: tuple[Path, ...] = (RECIPES,),
 ) -> None:
     """`lavit train`; `stages` and `recipe_folders` are those that can be named."""
     parser = Parser(prog="lavit train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,16 +233,20 @@ def main(
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="e.g. training_arguments.max_steps=100")
     parser.epilog = f"stages: {', '.join(stages)} (a recipe says its own as `stage`)"
     options = parser.parse_args(arguments)
-    name, overrides = options.recipe, options.overrides
-    if name in stages:
-        if not overrides:
-            parser.error(f"the stage {name} needs a recipe")
-        name, overrides = overrides[0], [f"stage={options.recipe}", *overrides[1:]]
+    name, overrides, stage = options.recipe, options.overrides, None
+    if name in stages and overrides and "=" not in overrides[0]:
+        stage, name, *overrides = name, *overrides
     path = find_recipe(name, recipe_folders)
-    stage = read_values(path, overrides).get("stage")
-    if stage not in stages:
-        raise ValueError(f"{path}: stage: expected one of {', '.join(stages)}, got {stage!r}")
-    run(stages[stage], load_recipe(path, overrides, stages[stage].recipe_class))
+    values = read_values(path, overrides)
+    own = values.setdefault("stage", stage)
+    if own not in ([stage] if stage else list(stages)):
+        raise ValueError(f"{path}: stage: expected {stage or 'one of ' + ', '.join(stages)}, got {own!r}")
+    recipe = validate(path, values, stages[own].recipe_class)
+    try:
+        arguments = training_arguments(recipe)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    run(stages[own], recipe, arguments)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,6 @@ class LanguageModelTraining(TrainingModel):
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.24
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.model.model.visual_tokenizer.eval()  # frozen, its statistics too
-        return self
-
     # What stages of other data may do otherwise.
 
     def pixel_values(self, images: torch.Tensor, noise: SampleNoise, **labels: torch.Tensor) -> torch.Tensor:

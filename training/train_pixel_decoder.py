@@ -1,8 +1,8 @@
 """Stage 3: a denoising UNet on the detokenizer's conditions (paper section 3.1, Eq. 5).
 
 UNet, autoencoder and scheduler go on from Stable Diffusion 1.5 or XL, or from a result of this stage; of the
-detokenizer what makes conditions of its features is trained with them. The prediction type is the scheduler's: epsilon,
-v_prediction or sample.
+detokenizer what makes conditions of its features is trained with them. The prediction type is the scheduler's:
+epsilon, v_prediction or sample.
 
 Dimension letters: B images, S side in pixels, N patches, C width of the encoder.
 """

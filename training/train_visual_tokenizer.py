@@ -34,12 +34,11 @@ class Step:
     """What a forward of stage 1 has computed, for further terms of the loss.
 
     Args:
-        images: (B, 3, S, S) in [0, 1], augmented. target: features to rebuild (B, N, C), normalised.
-        log_probs: of keeping and of dropping each patch (B, N, 2).
-        kept: (B, N) bool. lengths: (B,). keep_rate: the share of patches that should be kept.
-        vectors: what the decoder is given (M, D), unit vectors or codes. valid: where these are among (B, n) positions.
-        rebuilt: features of the decoder (B, N, C). codes: (M,), None before quantization.
-        progress: share of the run that is over.
+        images: (B, 3, S, S) in [0, 1], augmented. target: features to rebuild (B, N, C), normalised. log_probs: of
+        keeping and of dropping each patch (B, N, 2). kept: (B, N) bool. lengths: (B,). keep_rate: the share of
+        patches that should be kept. vectors: what the decoder is given (M, D), unit vectors or codes. valid: where
+        these are among (B, n) positions. rebuilt: features of the decoder (B, N, C). codes: (M,), None before
+        quantization. progress: share of the run that is over.
     """
 
     images: torch.Tensor

@@ -1,4 +1,4 @@
-"""The figures of `lavit evaluate` as Markdown: `python -m modeling_lavit.evaluation.table figures.json [README.md]`.
+"""The figures of `lavit evaluate emoji` as Markdown: `python -m modeling_lavit.evaluation.emoji.table figures.json [page]`.
 
 With a second file, the table there between `<!-- FIGURES -->` and `<!-- /FIGURES -->` is replaced.
 """
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- FIGURES -->", "<!-- /FIGURES -->"
 
 
 def table(report: dict) -> str:
-    """One row a figure: seen pictures, held-out pairs, and the bar that was set for them."""
+    """One row a figure: seen images, held-out pairs, and the target that was set for them."""
     seen, held = report["seen"], report["held_out"]
     tokens = report["tokens"]
 
@@ -23,7 +23,7 @@ def table(report: dict) -> str:
         return f"{seen[key]:.2f}", f"{held[key]:.2f}"
 
     rows = [
-        ("pictures", str(seen["pictures"]), str(held["pictures"]), ""),
+        ("images", str(seen["images"]), str(held["images"]), ""),
         ("caption, exact match", *both("caption_exact"), ".98 / .65"),
         ("style question, right", *both("style_question"), ".90 / .65"),
         ("reconstruction: name top-5", *pair("reconstruction", "name_top5"), ".90 / .70"),
@@ -37,15 +37,15 @@ def table(report: dict) -> str:
         ("text → image: style right", *pair("text_to_image", "style"), ".70 / –"),
         ('image + "in X style" → image: name top-5', *pair("image_and_text_to_image", "name_top5"), "– / .50"),
         ('image + "in X style" → image: style right', *pair("image_and_text_to_image", "style"), ""),
-        ("the judge on the real pictures: name top-5", *pair("judge_on_real", "name_top5"), ""),
-        ("the judge on the real pictures: style", *pair("judge_on_real", "style"), ""),
+        ("the classifier on the real images: name top-5", *pair("classifier_on_real", "name_top5"), ""),
+        ("the classifier on the real images: style", *pair("classifier_on_real", "style"), ""),
     ]
-    lines = ["| | seen | held out | bar |", "|---|---|---|---|"]
+    lines = ["| | seen | held out | target |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     codes = [
         ("codes used", f"{tokens['codes_used']:.1%}", "> 80 %"),
         ("perplexity, share of the codebook", f"{tokens['perplexity_share']:.1%}", "> 40 %"),
-        ("distinct codes per picture ÷ kept", f"{tokens['distinct_per_kept']:.2f}", ".8"),
+        ("distinct codes per image ÷ kept", f"{tokens['distinct_per_kept']:.2f}", ".8"),
         ("mean keep rate (target .333)", f"{tokens['keep_rate']:.3f}", "± .03"),
         (
             "kept patches: mean, least, most",
@@ -54,12 +54,12 @@ def table(report: dict) -> str:
         ),
         ("correlation of kept count with PNG size", f"{tokens['png_size_correlation']:.2f}", ".40"),
         (
-            f"seconds per picture from text, on {report['threads']} thread(s)",
+            f"seconds per image from text, on {report['threads']} thread(s)",
             f"{report['seconds_from_text']:.2f}",
             "< 1.5",
         ),
     ]
-    lines += ["", "| | | bar |", "|---|---|---|"]
+    lines += ["", "| | | target |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in codes]
     return "\n".join(lines)
 

@@ -1,9 +1,8 @@
 """What a language model is trained on: images and texts as sequences of ids (paper section 3.2).
 
-A sample is `{"position": int, "ids": list, "labels": list, "images": [(3, S, S) uint8], "drawn": [bool]}`. An image is an
-empty slot `[IMG][/IMG]` among the ids: what is read becomes continuous features there, what is drawn (or read as codes,
-to draw another) becomes its codes, with a loss where the slot's `[/IMG]` has one.
-"""
+A sample is `{"position": int, "ids": list, "labels": list, "images": [(3, S, S) uint8], "drawn": [bool]}`. An image
+is an empty slot `[IMG][/IMG]` among the ids: what is read becomes continuous features there, what is drawn (or read
+as codes, to draw another) becomes its codes, with a loss where the slot's `[/IMG]` has one."""
 
 import itertools
 import random

@@ -7,8 +7,10 @@ shards of their own and never meet, and the workers of a Ray Data job take the n
 
 import hashlib
 import json
+import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -22,36 +24,28 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from ..processing import LavitImageProcessor
-from .sources import (
+from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from modeling_lavit.training.data.rows import (
+    ImageFiles,
     SkippedRows,
     UnusableRow,
-    column_names,
     find_image_column,
     open_rows,
-    process_state,
     read_image,
     row_name,
+    schema_of,
 )
+from modeling_lavit.training.distributed import process_state
+from modeling_lavit.training.results import load_visual_tokenizer
 
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "tokenize.json"
 NEW_COLUMNS = ("index", "codes", "length")
-
-
-def load_visual_tokenizer(model: str, dtype: torch.dtype) -> tuple[LavitVisualTokenizer, LavitImageProcessor]:
-    """The visual tokenizer of a LaVIT checkpoint, or one that stage 1 wrote, and what prepares pictures for it."""
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type == "lavit":
-        tokenizer = LavitVisualTokenizer.from_pretrained(
-            model, config=config.visual_config, key_mapping={r"^model\.visual_tokenizer\.": ""}, dtype=dtype
-        )
-        return tokenizer, LavitImageProcessor.from_pretrained(model)
-    size = {"height": config.image_size, "width": config.image_size}
-    return LavitVisualTokenizer.from_pretrained(model, dtype=dtype), LavitImageProcessor(size=size)
+LEFTOVER_AGE = 3600  # seconds after which a file that was begun belongs to no process any more
 
 
 def fingerprint(tokenizer: LavitVisualTokenizer) -> str:
@@ -66,13 +60,14 @@ def fingerprint(tokenizer: LavitVisualTokenizer) -> str:
 
 
 class TokenizeBatch:
-    """Turns the pictures of Arrow tables into visual tokens.
+    """Turns the images of Arrow tables into visual tokens.
 
     Args:
         model: checkpoint of LaVIT, or of its visual tokenizer alone.
-        image_column: of the pictures.
+        image_column: of the images.
+        files: that rows may name.
         keep_ratio: share of the patches to keep; as many as the selector keeps by default.
-        keep_images: leave the pictures in the table.
+        keep_images: leave the images in the table.
         device, dtype: of the model.
     """
 
@@ -80,12 +75,14 @@ class TokenizeBatch:
         self,
         model: str,
         image_column: str,
+        files: ImageFiles,
         keep_ratio: float | None = None,
         keep_images: bool = False,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        self.image_column, self.keep_ratio, self.keep_images = image_column, keep_ratio, keep_images
+        self.image_column, self.files = image_column, files
+        self.keep_ratio, self.keep_images = keep_ratio, keep_images
         tokenizer, self.image_processor = load_visual_tokenizer(model, dtype)
         self.tokenizer = tokenizer.to(device).eval()
 
@@ -96,17 +93,17 @@ class TokenizeBatch:
             table: rows with their number `index` in the source.
 
         Returns:
-            the rows whose picture can be read, with `codes` (list of int32) and `length`; and of every other row
+            the rows whose image can be read, with `codes` (list of int32) and `length`; and of every other row
             `{"index", "row", "reason", "detail"}`.
         """
         images, usable, broken = [], [], []
-        pictures, indices = table[self.image_column].to_pylist(), table["index"].to_pylist()
-        for i, (picture, index) in enumerate(zip(pictures, indices, strict=True)):
+        values, indices = table[self.image_column].to_pylist(), table["index"].to_pylist()
+        for i, (value, index) in enumerate(zip(values, indices, strict=True)):
             try:
-                images.append(read_image(picture))
+                images.append(read_image(value, self.files))
                 usable.append(i)
             except UnusableRow as error:
-                row = row_name(picture, index)
+                row = row_name(value, index)
                 broken.append({"index": index, "row": row, "reason": error.reason, "detail": str(error)})
         codes = []
         if images:
@@ -129,9 +126,10 @@ class ShardTokenizer:
     Args:
         output: folder of the files.
         source, data_files, split, streaming: see [`open_rows`].
-        image_column: of the pictures; one of the usual names by default.
-        batch_size: pictures that go through the model at once.
+        image_column: of the images; one of the usual names by default.
+        batch_size: images that go through the model at once.
         shard_size: rows of the source for each file, a multiple of `batch_size`.
+        allow_local_paths: see [`ImageFiles`].
         model, keep_ratio, keep_images, device, dtype: see [`TokenizeBatch`].
 
     Raises:
@@ -152,6 +150,7 @@ class ShardTokenizer:
         shard_size: int = 4096,
         keep_ratio: float | None = None,
         keep_images: bool = False,
+        allow_local_paths: bool = False,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
@@ -160,14 +159,15 @@ class ShardTokenizer:
         if keep_ratio is not None and not 0 < keep_ratio <= 1:
             raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
         rows = open_rows(source, data_files, split, streaming)
-        names = column_names(rows)
-        image_column = find_image_column(names, image_column)
-        if taken := [name for name in NEW_COLUMNS if name in names]:
+        schema = schema_of(rows)
+        image_column = find_image_column(schema, image_column)
+        if taken := [name for name in NEW_COLUMNS if name in schema.names]:
             raise ValueError(f"the source already has columns {taken}, which are names of what is computed here")
         images = [name for name, feature in (rows.features or {}).items() if isinstance(feature, ImageFeature)]
         self.rows = rows.remove_columns([name for name in images if name != image_column])
         self.output, self.batch_size, self.shard_size = Path(output), batch_size, shard_size
-        self.tokenize = TokenizeBatch(model, image_column, keep_ratio, keep_images, device, dtype)
+        files = ImageFiles.of_source(source, data_files, allow_local_paths)
+        self.tokenize = TokenizeBatch(model, image_column, files, keep_ratio, keep_images, device, dtype)
         self.settings = {
             "model": model,
             "fingerprint": fingerprint(self.tokenize.tokenizer),
@@ -182,6 +182,8 @@ class ShardTokenizer:
             "keep_ratio": keep_ratio,
             "keep_images": keep_images,
         }
+        if allow_local_paths:
+            self.settings["allow_local_paths"] = True
 
     def pin_settings(self) -> None:
         """Writes down what the folder's files are made of, or checks that it is the same.
@@ -191,13 +193,22 @@ class ShardTokenizer:
         """
         self.output.mkdir(parents=True, exist_ok=True)
         path = self.output / SETTINGS_FILE
+        for leftover in self.output.glob(f".{SETTINGS_FILE}.*"):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE:
+                leftover.unlink(missing_ok=True)
         if not path.exists():
             # processes of one job may do it at once, and write the same
             with replacing(path) as partial:
                 partial.write_text(json.dumps(self.settings, indent=2) + "\n")
-        pinned = json.loads(path.read_text())
-        if different := [key for key in self.settings if pinned.get(key) != self.settings[key]]:
-            changes = ", ".join(f"{key} {pinned.get(key)!r} (now {self.settings[key]!r})" for key in different)
+        try:
+            pinned = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON ({error}): give another folder") from error
+        if not isinstance(pinned, dict):
+            raise ValueError(f"{path} is a {type(pinned).__name__}, not the settings of a job: give another folder")
+        now = self.settings
+        if different := [key for key in {**now, **pinned} if pinned.get(key) != now.get(key)]:
+            changes = ", ".join(f"{key} {pinned.get(key)!r} (now {now.get(key)!r})" for key in different)
             raise ValueError(f"{self.output} was begun with {changes}: give the same settings or another folder")
 
     def shards(self) -> Iterator[tuple[int, Iterator[pa.Table]]]:
@@ -221,13 +232,25 @@ class ShardTokenizer:
     def path(self, shard: int) -> Path:
         return self.output / f"shard-{shard:05d}.parquet"
 
+    def is_written(self, shard: int) -> bool:
+        """Whether a shard's file is there; one that is damaged is named and counts as missing."""
+        path = self.path(shard)
+        if not path.exists():
+            return False
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowException, OSError) as error:
+            logger.warning("%s is damaged (%s): it is computed again", path, error)
+            return False
+        return True
+
     def skipped_path(self, shard: int) -> Path:
         return self.path(shard).with_suffix(".skipped.jsonl")
 
     def write(self, shard: int, tables: Iterable[pa.Table]) -> None:
         """Computes a shard and puts its files in place."""
-        for unfinished in self.output.glob(f".{self.path(shard).name}.*"):
-            unfinished.unlink()
+        for leftover in self.output.glob(f".{self.path(shard).stem}.*"):  # of a job that was killed
+            leftover.unlink()
         results = map(self.tokenize, tables)
         with replacing(self.path(shard)) as partial:
             table, all_broken = next(results)
@@ -301,7 +324,7 @@ def tokenize_dataset(source: str, output: str | Path, **options) -> str:
     for shard, tables in tqdm(job.shards(), desc="shards", disable=state.process_index > 0):
         if shard % state.num_processes == state.process_index:
             mine.append(shard)
-            if not job.path(shard).exists():
+            if not job.is_written(shard):
                 job.write(shard, tables)
     state.destroy_process_group()
     return job.summarize(mine, whole=state.num_processes == 1)

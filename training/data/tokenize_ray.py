@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .tokenize_dataset import ShardTokenizer
+from modeling_lavit.training.data.tokenize_dataset import ShardTokenizer
 
 
 try:
@@ -57,7 +57,7 @@ def tokenize_with_ray(
     job = ShardTokenizer(output, source, model, data_files, device="cpu", **options)
     job.pin_settings()
     shards = [shard for shard, _ in job.shards()]
-    pending = [{"shard": shard} for shard in shards if not job.path(shard).exists()]
+    pending = [{"shard": shard} for shard in shards if not job.is_written(shard)]
     if pending:
         written = ray.data.from_items(pending, override_num_blocks=len(pending)).map_batches(
             ShardTokenizer,

@@ -1,11 +1,11 @@
 """The paper's ablations on the emoji (Table 3, and the merger's design, section 3.1), small and twice each:
 
-`python -m modeling_lavit.training.ablations --judge tests/fixtures/judge --readme README.md`
+`python -m modeling_lavit.training.emoji.ablations --classifier tests/fixtures/classifier --output ablations.json`
 
 Every variant trains a tokenizer of its own for the same steps, and a small language model that only draws, on its
-codes. What is compared are pictures that the tokenizer's decoder and the linear pixel head of stage 0 make: they are
-blurred, but need no trained UNet. The judge, which takes part in no loss, scores them. Finished runs are kept: a
-second call trains what is missing. Costs are processor seconds of one thread.
+codes. What is compared are images that the tokenizer's decoder and the linear pixel head of stage 0 make: they are
+blurred, but need no trained UNet. The classifier, which takes part in no loss, scores them. Finished runs are kept: a
+second call trains what is missing. Costs are CPU seconds of one thread.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from statistics import mean
 
 import torch
 
-from ..evaluation.judge import Judge
-from ..modeling_lavit import LavitForConditionalGeneration
-from ..modeling_lavit_detokenizer import LavitDetokenizer
-from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from ..processing import LavitProcessor
-from .data import PictureDataset, normalize_pictures
-from .regression import RegressionHead, draw_by_regression
-from .text import NAME_AND_STYLE
-from .train_visual_tokenizer import load_encoder
+from modeling_lavit.evaluation.emoji.classifier import Classifier
+from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
+from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
+from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from modeling_lavit.processing import LavitProcessor
+from modeling_lavit.training.data.augmentation import normalize_images
+from modeling_lavit.training.emoji.images import NamedImages
+from modeling_lavit.training.emoji.pretrain_encoder import load_pretrained
+from modeling_lavit.training.emoji.text import NAME_AND_STYLE
+from modeling_lavit.training.regression import RegressionHead, draw_by_regression
 
 
-RECIPES = Path(__file__).parent / "recipes"
 # What suits a short run on a CPU better than the recipe's own settings.
 SMALL_TOKENIZER = [
     "training_arguments.per_device_train_batch_size=32",
@@ -39,7 +39,6 @@ SMALL_TOKENIZER = [
     "objective.weights.style=0.2",
     "augmentation.tint=0.08",
 ]
-BEGIN, END = "<!-- ABLATIONS -->", "<!-- /ABLATIONS -->"
 GUIDANCE_SCALE, TOP_K = 3.0, 50
 
 
@@ -67,28 +66,27 @@ def folders(runs: Path, name: str, seed: int) -> tuple[Path, Path]:
     return runs / f"tokenizer_{tokenizer}_{seed}", runs / f"language_model_{name}_{seed}"
 
 
-def train(stage: str, recipe: str, output: Path, overrides: list[str]) -> None:
-    """Trains one stage in a process of its own, unless it is done, and notes its processor seconds."""
+def train(recipe: str, output: Path, overrides: list[str]) -> None:
+    """Trains one stage in a process of its own, unless it is done, and notes its CPU seconds."""
     if (output / "cost.json").is_file():
         return
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [sys.executable, "-m", f"{__package__}.run", stage, str(RECIPES / recipe)]
-        + [f"training_arguments.output_dir={output}", *overrides],
+        [sys.executable, "-m", f"{__package__}.train", recipe, f"training_arguments.output_dir={output}", *overrides],
         check=True,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    (output / "cost.json").write_text(json.dumps({"processor_seconds": round(seconds, 1)}))
+    (output / "cost.json").write_text(json.dumps({"cpu_seconds": round(seconds, 1)}))
 
 
 def train_variant(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains the tokenizer and the language model of a variant."""
     tokenizer, language_model = folders(options.runs, name, seed)
-    shared = [f"data.folder={options.data}", "data.repeat={}", f"training_arguments.seed={seed}"]
+    shared = [f"data.path={options.data}", "data.repeat={}", "data.validation=null"]
+    shared += [f"training_arguments.seed={seed}"]
     train(
         "tokenizer",
-        "tokenizer.yaml",
         tokenizer,
         [
             *shared,
@@ -101,8 +99,7 @@ def train_variant(name: str, seed: int, options: argparse.Namespace) -> None:
         ],
     )
     train(
-        "language-model",
-        "language_model.yaml",
+        "language_model",
         language_model,
         [
             *shared,
@@ -113,8 +110,8 @@ def train_variant(name: str, seed: int, options: argparse.Namespace) -> None:
             "text_model.num_hidden_layers=4",
             "text_model.num_attention_heads=6",
             "text_model.num_key_value_heads=6",
-            "mixture={draw: 1.0}",
-            "guided.number=0",
+            "mixture={caption: 0, style_question: 0, name_question: 0, draw: 1, restyle: 0}",
+            "mixup.number=0",
             f"training_arguments.max_steps={options.language_steps}",
             *VARIANTS[name].language_model,
         ],
@@ -122,10 +119,10 @@ def train_variant(name: str, seed: int, options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def linear_pictures(
+def linear_images(
     vectors: torch.Tensor, mask: torch.Tensor, detokenizer: LavitDetokenizer, heads, patch_size: int
 ) -> torch.Tensor:
-    """Padded code vectors (B, n, D) and their mask (B, n) to pictures (B, 3, S, S) in [0, 1], by the linear pixel head
+    """Padded code vectors (B, n, D) and their mask (B, n) to images (B, 3, S, S) in [0, 1], by the linear pixel head
     of stage 0."""
     pixels = heads(detokenizer.decode(vectors, mask))[2]
     side = int(pixels.shape[1] ** 0.5)
@@ -134,7 +131,7 @@ def linear_pictures(
 
 
 @torch.no_grad()
-def evaluate_variant(name: str, seed: int, options: argparse.Namespace, judge: Judge) -> dict[str, float]:
+def evaluate_variant(name: str, seed: int, options: argparse.Namespace, classifier: Classifier) -> dict[str, float]:
     """The figures of one run of a variant."""
     tokenizer_run, language_run = folders(options.runs, name, seed)
     tokenizer = LavitVisualTokenizer.from_pretrained(tokenizer_run / "final" / "visual_tokenizer")
@@ -146,21 +143,21 @@ def evaluate_variant(name: str, seed: int, options: argparse.Namespace, judge: J
         head = RegressionHead.load(language_run / "final")
     patch_size = tokenizer.config.patch_size
     figures = {
-        "tokenizer_seconds": json.loads((tokenizer_run / "cost.json").read_text())["processor_seconds"],
-        "language_seconds": json.loads((language_run / "cost.json").read_text())["processor_seconds"],
+        "tokenizer_seconds": json.loads((tokenizer_run / "cost.json").read_text())["cpu_seconds"],
+        "language_seconds": json.loads((language_run / "cost.json").read_text())["cpu_seconds"],
     }
     for split in ("train", "held_out"):
-        data = PictureDataset(options.data, tokenizer.config.image_size, (split,))
-        heads, _ = load_encoder(Path(options.encoder), tokenizer, data.styles)
+        data = NamedImages(options.data, tokenizer.config.image_size, (split,))
+        heads, _ = load_pretrained(options.encoder, tokenizer, data.styles)
         heads.eval()
         rows = torch.randperm(len(data.name), generator=torch.Generator().manual_seed(0))[: options.count]
         names, styles = [data.names[i] for i in data.name[rows]], [data.styles[i] for i in data.style[rows]]
-        pictures = data.pictures[rows].float() / 255
-        tokens = tokenizer.tokenize(normalize_pictures(pictures))
-        shown = linear_pictures(*detokenizer.pad(tokens.codes, tokens.lengths), detokenizer, heads, patch_size)
+        images = data.images[rows].float() / 255
+        tokens = tokenizer.tokenize(normalize_images(images))
+        shown = linear_images(*detokenizer.pad(tokens.codes, tokens.lengths), detokenizer, heads, patch_size)
         figures[f"{split}_tokens"] = float(tokens.lengths.float().mean())
-        figures[f"{split}_psnr"] = float(-10 * (shown - pictures).square().mean().log10())
-        figures[f"{split}_top5"] = judge.score(shown, names)["name_top5"]
+        figures[f"{split}_psnr"] = float(-10 * (shown - images).square().mean().log10())
+        figures[f"{split}_top5"] = classifier.score(shown, names)["name_top5"]
 
         drawn = []
         for start in range(0, len(rows), 25):
@@ -182,16 +179,16 @@ def evaluate_variant(name: str, seed: int, options: argparse.Namespace, judge: J
             )
             drawn += processor.post_process_multimodal_output(ids, generation_mode="image")
         lengths = torch.tensor([len(codes) for codes in drawn])
-        shown = linear_pictures(*detokenizer.pad(torch.cat(drawn), lengths), detokenizer, heads, patch_size)
-        figures[f"{split}_drawn_top5"] = judge.score(shown, names)["name_top5"]
+        shown = linear_images(*detokenizer.pad(torch.cat(drawn), lengths), detokenizer, heads, patch_size)
+        figures[f"{split}_drawn_top5"] = classifier.score(shown, names)["name_top5"]
         figures[f"{split}_drawn_tokens"] = float(lengths.float().mean())
     return {key: round(value, 4) for key, value in figures.items()}
 
 
 COLUMNS = (
-    ("tokens a picture", "{train_tokens:.0f}"),
-    ("tokenizer, processor s", "{tokenizer_seconds:.0f}"),
-    ("language model, processor s", "{language_seconds:.0f}"),
+    ("tokens an image", "{train_tokens:.0f}"),
+    ("tokenizer, CPU s", "{tokenizer_seconds:.0f}"),
+    ("language model, CPU s", "{language_seconds:.0f}"),
     ("reconstruction, PSNR", "{train_psnr:.1f} / {held_out_psnr:.1f}"),
     ("reconstruction, top-5", "{train_top5:.2f} / {held_out_top5:.2f}"),
     ("drawing from text, top-5", "{train_drawn_top5:.2f} / {held_out_drawn_top5:.2f}"),
@@ -217,33 +214,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="data/emoji", help="image folder of the emoji")
     parser.add_argument("--encoder", default="runs/encoder/final", help="result of stage 0")
-    parser.add_argument("--judge", default="runs/judge/final")
+    parser.add_argument("--classifier", default="runs/classifier/final")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="where the runs are, or will be")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--codebook-size", type=int, default=1024)
     parser.add_argument("--tokenizer-steps", type=int, default=450)
     parser.add_argument("--language-steps", type=int, default=350)
-    parser.add_argument("--count", type=int, default=150, help="pictures and prompts of each split, at most")
-    parser.add_argument("--output", type=Path, default=Path("training/logs/ablations.json"))
-    parser.add_argument("--readme", type=Path, help=f"Markdown file; the table goes between {BEGIN} and {END}")
+    parser.add_argument("--count", type=int, default=150, help="images and prompts of each split, at most")
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations/results.json"))
     options = parser.parse_args(arguments)
-    if options.readme and not {BEGIN, END} <= set(options.readme.read_text().splitlines()):
-        raise ValueError(f"{options.readme} has no lines {BEGIN} and {END} for the table to go between")
     results = json.loads(options.output.read_text()) if options.output.is_file() else {}
-    judge = Judge.load(options.judge)
+    classifier = Classifier.load(options.classifier)
     for seed in options.seeds:
         for name in options.variants:
             train_variant(name, seed, options)
             if str(seed) not in results.setdefault(name, {}):
-                results[name][str(seed)] = evaluate_variant(name, seed, options, judge)
+                results[name][str(seed)] = evaluate_variant(name, seed, options, classifier)
                 options.output.write_text(json.dumps(results, indent=1) + "\n")
-    written = table(results)
-    print(written)
-    if options.readme:
-        before, _, rest = options.readme.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        options.readme.write_text(f"{before}{BEGIN}\n{written}\n{END}{after}")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Puts the stages' results together into one checkpoint folder, in half precision.
+"""Puts the results of the emoji's stages together to the embedded checkpoint, in half precision.
 
-`python -m modeling_lavit.training.assemble --language-model DIR --pixel-decoder DIR --output DIR [--default
+`python -m modeling_lavit.training.emoji.assemble --language-model DIR --pixel-decoder DIR --output DIR [--default
 name=value …]`
 """
 
@@ -13,37 +13,21 @@ from tempfile import TemporaryDirectory
 import diffusers
 import torch
 import yaml
-from diffusers import DDIMScheduler
 
-from ..modeling_lavit import LavitForConditionalGeneration
-from ..modeling_lavit_detokenizer import LavitDetokenizer
-from ..pipeline_lavit import LavitPipeline
-from ..processing import LavitProcessor
-from .data import PictureDataset
-from .train_language_model import tokenize_all
-from .train_pixel_decoder import AUTOENCODERS, UNETS, load_component
+from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
+from modeling_lavit.pipeline_lavit import LavitPipeline
+from modeling_lavit.processing import LavitProcessor
+from modeling_lavit.training.emoji.images import NamedImages
+from modeling_lavit.training.emoji.samples import tokenize_all
+from modeling_lavit.training.results import load_pixel_decoder, write_whole
 
 
-def assemble(language_model: Path, pixel_decoder: Path, dtype: torch.dtype, defaults: dict) -> LavitPipeline:
-    """The pipeline made of both stages' results; `defaults` are the pipeline's `default_…` settings, and
-    what the model alone draws by."""
-    model = LavitForConditionalGeneration.from_pretrained(language_model, dtype=dtype)
-    detokenizer = LavitDetokenizer.from_pretrained(pixel_decoder / "detokenizer", dtype=dtype)
-    codebooks = model.model.visual_tokenizer.quantizer.codebook.weight, detokenizer.codebook.weight
-    if not torch.equal(*codebooks):
-        raise ValueError(f"{language_model} and {pixel_decoder} were trained with different codebooks")
-    presets = model.generation_config.generation_presets or {}
+def set_defaults(pipe: LavitPipeline, defaults: dict) -> None:
+    """The pipeline's `default_…` settings, and what the model alone draws by."""
+    pipe.register_to_config(**{f"default_{name}": value for name, value in defaults.items()})
+    presets = pipe.model.generation_config.generation_presets or {}
     drawing = {name: defaults[name] for name in ("guidance_scale", "top_k", "temperature") if name in defaults}
-    model.generation_config.generation_presets = presets | {"image": presets.get("image", {}) | drawing}
-    return LavitPipeline(
-        processor=LavitProcessor.from_pretrained(language_model),
-        model=model,
-        detokenizer=detokenizer,
-        unet=load_component(pixel_decoder / "unet", UNETS).to(dtype),
-        vae=load_component(pixel_decoder / "vae", AUTOENCODERS).to(dtype),
-        scheduler=DDIMScheduler.from_pretrained(pixel_decoder / "scheduler"),
-        **{f"default_{name}": value for name, value in defaults.items()},
-    )
+    pipe.model.generation_config.generation_presets = presets | {"image": presets.get("image", {}) | drawing}
 
 
 @torch.no_grad()
@@ -94,7 +78,7 @@ def load_in_float32(folder: Path) -> None:
 
 def link_code(folder: Path) -> None:
     """Replaces copies of this checkout's code in a checkpoint folder by links to it: the code has one home."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     for copy in folder.resolve().rglob("*.py"):
         for source in (root / "modeling_lavit" / copy.name, root / "processing" / copy.name):
             if source.is_file() and not copy.is_symlink():
@@ -102,29 +86,31 @@ def link_code(folder: Path) -> None:
                 copy.symlink_to(os.path.relpath(source, copy.parent))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, nargs="+", required=True, help="of several the mean is taken")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0], help="of each language model in the mean")
     parser.add_argument("--scheduler", help="class of diffusers for drawing (default: DDIMScheduler)")
     parser.add_argument("--pixel-decoder", type=Path, required=True)
-    parser.add_argument("--draft-pictures", help="image folder: drawing looks up its pictures' codes ahead")
+    parser.add_argument("--draft-images", help="image folder: drawing looks up its images' codes ahead")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--default", nargs="*", default=[], help="e.g. num_inference_steps=10")
     parser.add_argument("--link-code", action="store_true", help="link to this checkout's code instead of copying it")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     defaults = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in options.default)}
     for link in filter(Path.is_symlink, options.output.rglob("*.py")):
         link.unlink()
     with TemporaryDirectory() as folder:
-        language_model = Path(folder)
-        average(options.language_model, options.shares, language_model)
-        pipe = assemble(language_model, options.pixel_decoder, torch.float16, defaults)
-        if options.draft_pictures:  # in float32, as they will be read
-            tokenizer = LavitForConditionalGeneration.from_pretrained(language_model, dtype=torch.float32).model
-            pictures = PictureDataset(options.draft_pictures, tokenizer.config.visual_config.image_size)
-            codes = tokenize_all(tokenizer.visual_tokenizer, pictures, {"number": 0}, seed=0)
-            pipe.model.set_draft_codes([views[0] for views in codes])
+        mean, whole = Path(folder) / "mean", Path(folder) / "whole"
+        average(options.language_model, options.shares, mean)
+        model = LavitForConditionalGeneration.from_pretrained(mean, dtype=torch.float32)
+        if options.draft_images:  # in float32, as they will be read
+            tokenizer = model.model.visual_tokenizer
+            codes = tokenize_all(tokenizer, NamedImages(options.draft_images, tokenizer.config.image_size))
+            model.set_draft_codes([views[0] for views in codes])
+        write_whole(model, LavitProcessor.from_pretrained(mean), whole, **load_pixel_decoder(options.pixel_decoder))
+        pipe = LavitPipeline.from_pretrained(whole, dtype=torch.float16)
+        set_defaults(pipe, defaults)
         if options.scheduler:
             pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
         pipe.save_pretrained(options.output)

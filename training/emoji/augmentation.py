@@ -31,7 +31,9 @@ def augment_halves(
         return augment(images, noise, **augmentation.model_dump()), weak
     weak = noise.uniform(1)[:, 0] < 0.5
     strong = augment(images, noise, **augmentation.model_dump())
-    return torch.where(weak[:, None, None, None], augment(images, noise, **weak_augmentation.model_dump()), strong), weak
+    return torch.where(
+        weak[:, None, None, None], augment(images, noise, **weak_augmentation.model_dump()), strong
+    ), weak
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:

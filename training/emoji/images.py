@@ -36,8 +36,8 @@ class NamedImages(torch.utils.data.Dataset):
     ):
         if not (Path(folder) / "metadata.jsonl").is_file():
             raise OSError(
-                f"there is no {folder}/metadata.jsonl: make it (python -m modeling_lavit.training.emoji.prepare_images), "
-                "or name other images in the data section"
+                f"there is no {folder}/metadata.jsonl: python -m modeling_lavit.training.emoji.prepare_images makes it; "
+                "or name other images as data.path"
             )
         # no split by file names
         rows = load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, split="train")

@@ -87,9 +87,7 @@ class ImageHeads(nn.Module):
 class EncoderPretraining(TrainingModel):
     """Encoder and heads, with their losses."""
 
-    def __init__(
-        self, config: LavitVisualTokenizerConfig, names: list[str], styles: list[str], recipe: EncoderRecipe
-    ):
+    def __init__(self, config: LavitVisualTokenizerConfig, names: list[str], styles: list[str], recipe: EncoderRecipe):
         super().__init__()
         self.objective, self.config = recipe.objective, config
         self.augmentations = recipe.augmentation, recipe.weak_augmentation

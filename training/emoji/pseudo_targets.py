@@ -1,10 +1,9 @@
 """Images that a model draws for itself to learn from: of every name in every style of which there is none.
 
-A model that draws a thing in a style in which it has never seen it may get either wrong. It redraws images of the thing
-in that style; those of which it still reads the name (and the style, if asked to) serve as targets (self-training with
-a filter, as in arXiv 1911.04252). What is drawn from a name alone has its name right more often, and its style less
-often.
-"""
+A model that draws a thing in a style in which it has never seen it may get either wrong. It redraws images of the
+thing in that style; those of which it still reads the name (and the style, if asked to) serve as targets
+(self-training with a filter, as in arXiv 1911.04252). What is drawn from a name alone has its name right more often,
+and its style less often."""
 
 import random
 from collections import defaultdict

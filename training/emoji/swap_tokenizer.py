@@ -1,15 +1,14 @@
-"""Stages 2 and 3 go on with another visual tokenizer, without starting anew.
+"""Swaps the visual tokenizer under stages 2 and 3, which then go on instead of starting from scratch.
 
-`python -m modeling_lavit.training.transplant --tokenizer DIR --language-model DIR --data FOLDER --output DIR
+`python -m modeling_lavit.training.emoji.swap_tokenizer --tokenizer DIR --language-model DIR --data FOLDER --output DIR
 [--pixel-decoder DIR]`
 
 A better encoder gives other features and other codes, which what was trained on the former ones cannot read. Both
-tokenizers look at the same pictures: where both keep a patch, the code of one stands for what the code of the other
+tokenizers look at the same images: where both keep a patch, the code of one stands for what the code of the other
 stands for. So the language model's embedding and output row of a new code become the mean of those of the old codes
-that were seen in its places, weighted by how often; what reads features (the understanding's projection, the readout
-of the detokenizer) is fitted by least squares to give of the new ones what it gave of the old. The results are
-`start`s for the two stages, not finished models.
-"""
+that were seen at its positions, weighted by how often; what reads features (the understanding's projection, the
+readout of the detokenizer) is fitted by least squares to give of the new ones what it gave of the old. The results
+are `start`s for the two stages, not finished models."""
 
 import argparse
 import shutil
@@ -20,12 +19,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..modeling_lavit import LavitForConditionalGeneration
-from ..modeling_lavit_detokenizer import LavitDetokenizer
-from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from ..processing import LavitProcessor
-from .data import PictureDataset, normalize_pictures, result_of
-from .train_pixel_decoder import readout
+from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
+from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
+from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from modeling_lavit.processing import LavitProcessor
+from modeling_lavit.training.data.augmentation import normalize_images
+from modeling_lavit.training.emoji.images import NamedImages
+from modeling_lavit.training.results import result_of
+from modeling_lavit.training.train_pixel_decoder import readout
 
 
 LONGEST = 1.5  # how much means of embeddings, which are shorter than what they are means of, are lengthened at most
@@ -54,10 +55,10 @@ class LeastSquares:
         self.layer.bias.copy_(solution[-1])
 
 
-def batches(pictures: PictureDataset, size: int = 64) -> Iterator[torch.Tensor]:
-    """Pixel values (B, 3, S, S) of all pictures, as often as an epoch has them."""
-    for rows in torch.tensor(pictures.order).split(size):
-        yield normalize_pictures(pictures.pictures[rows].float() / 255)
+def batches(images: NamedImages, size: int = 64) -> Iterator[torch.Tensor]:
+    """Pixel values (B, 3, S, S) of all images, as often as an epoch has them."""
+    for rows in torch.tensor(images.order).split(size):
+        yield normalize_images(images.images[rows].float() / 255)
 
 
 def at_patches(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -66,8 +67,8 @@ def at_patches(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def transplant_language_model(
-    model: LavitForConditionalGeneration, tokenizer: LavitVisualTokenizer, pictures: PictureDataset
+def swap_in_language_model(
+    model: LavitForConditionalGeneration, tokenizer: LavitVisualTokenizer, images: NamedImages
 ) -> None:
     """Gives the model another tokenizer, whose codes it reads and writes as the corresponding old ones, roughly.
 
@@ -80,7 +81,7 @@ def transplant_language_model(
     understanding = model.model.understanding
     counts = torch.zeros(tokenizer.config.codebook_size, tokenizer.config.codebook_size)
     projection = LeastSquares(understanding.projection)
-    for pixels in batches(pictures):
+    for pixels in batches(images):
         before, after = old.tokenize(pixels), tokenizer.tokenize(pixels)
         both = before.keep_mask & after.keep_mask
         codes = at_patches(after.keep_mask, after.codes)[both], at_patches(before.keep_mask, before.codes)[both]
@@ -107,10 +108,10 @@ def transplant_language_model(
 
 
 @torch.no_grad()
-def transplant_detokenizer(
+def swap_in_detokenizer(
     old: tuple[LavitVisualTokenizer, LavitDetokenizer],
     new: tuple[LavitVisualTokenizer, LavitDetokenizer],
-    pictures: PictureDataset,
+    images: NamedImages,
 ) -> None:
     """Gives a new tokenizer's detokenizer the readout that a UNet knows from the old one's.
 
@@ -128,7 +129,7 @@ def transplant_detokenizer(
     detokenizer = new[1]
     detokenizer.load_state_dict({key: value.data for key, value in readout(old[1]).items()}, strict=False)
     fits = [LeastSquares(projection) for projection in detokenizer.prompt_projections]
-    for pixels in batches(pictures):
+    for pixels in batches(images):
         known, features = rebuilt(*old, pixels), rebuilt(*new, pixels)
         for fit, projection in zip(fits, old[1].prompt_projections, strict=True):
             fit.add(features, projection(known))
@@ -151,17 +152,17 @@ def main(arguments: list[str] | None = None) -> None:
         return kind.from_pretrained(result_of("tokenizer", str(folder), part), dtype=torch.float32).eval()
 
     tokenizer = load(LavitVisualTokenizer, options.tokenizer, "visual_tokenizer")
-    pictures = PictureDataset(options.data, tokenizer.config.image_size)
+    images = NamedImages(options.data, tokenizer.config.image_size)
     model = LavitForConditionalGeneration.from_pretrained(options.language_model, dtype=torch.float32).eval()
     if options.pixel_decoder:
         former = model.model.visual_tokenizer, load(LavitDetokenizer, options.pixel_decoder, "detokenizer")
         detokenizer = load(LavitDetokenizer, options.tokenizer, "detokenizer")
-        transplant_detokenizer(former, (tokenizer, detokenizer), pictures)
+        swap_in_detokenizer(former, (tokenizer, detokenizer), images)
         for part in ("unet", "vae", "scheduler"):
             path = result_of("pixel-decoder", str(options.pixel_decoder), part)
             shutil.copytree(path, options.output / "pixel_decoder" / part, dirs_exist_ok=True)
         detokenizer.save_pretrained(options.output / "pixel_decoder" / "detokenizer")
-    transplant_language_model(model, tokenizer, pictures)  # after which the former tokenizer is gone
+    swap_in_language_model(model, tokenizer, images)  # after which the former tokenizer is gone
     model.save_pretrained(options.output / "language_model")
     LavitProcessor.from_pretrained(options.language_model).save_pretrained(options.output / "language_model")
 

@@ -1,5 +1,5 @@
-"""What stage 1 needs beside the paper's loss where data are few: terms by which each code tells its own patch and where it
-is, by which the decoder finds codes, and by which the selector becomes decisive."""
+"""What stage 1 needs beside the paper's loss where data are few: terms by which each code tells its own patch and
+where it is, by which the decoder finds codes, and by which the selector becomes decisive."""
 
 import torch
 import torch.nn as nn
@@ -122,8 +122,8 @@ class FrozenHeads(LossTerm):
 
 
 class Lookup(LossTerm):
-    """Half of the decoder's cross attention heads look at the codes near each query: mean cross entropy over layers and
-    heads to the softmax of `-distance² / 2`, in patches."""
+    """Half of the decoder's cross attention heads look at the codes near each query: mean cross entropy over layers
+    and heads to the softmax of `-distance² / 2`, in patches."""
 
     def __init__(self, weights: dict[str, float], detokenizer: LavitDetokenizer, side: int):
         super().__init__(weights)

@@ -1,4 +1,5 @@
-"""Runs a stage of the embedded checkpoint's training: `python -m modeling_lavit.training.emoji.train RECIPE [KEY=VALUE …]`.
+"""Runs a stage of the embedded checkpoint's training: `python -m modeling_lavit.training.emoji.train RECIPE
+[KEY=VALUE …]`.
 
 The core's `lavit train` with further stages and with the recipes of this folder.
 """

@@ -1,5 +1,5 @@
-"""The classifier that evaluates drawn images, trained on all of them, held-out ones included; and the teachers of stage 0,
-classifiers like it that never see held-out images."""
+"""The classifier that evaluates drawn images, trained on all of them, held-out ones included; and the teachers of
+stage 0, classifiers like it that never see held-out images."""
 
 from pathlib import Path
 

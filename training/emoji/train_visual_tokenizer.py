@@ -1,6 +1,5 @@
 """Stage 1 of the embedded checkpoint: the paper's loss and the terms that a small data set needs."""
 
-
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.training.emoji.images import NamedImages, load_named
@@ -63,5 +62,3 @@ class EmojiTokenizerStage(TokenizerStage):
         terms = loss_terms(recipe, tokenizer, detokenizer, dataset)
         model = EmojiTokenizerTraining(tokenizer, detokenizer, recipe, terms)
         return self.parts(model, recipe, dataset, validation)
-
-

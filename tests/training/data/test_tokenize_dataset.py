@@ -20,25 +20,14 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from modeling_lavit.command_line import main
-from modeling_lavit.training.sources import load_source
+from modeling_lavit.training.data.datasets import load_source
+from modeling_lavit.training.recipe import Data
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 COUNT, SHARDS = 98, 25
 BROKEN = [5, 17, 97]
 SIZES = ("--batch-size", "2", "--shard-size", "4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where `datasets` keeps what it reads, here and in processes that are started here."""
-    import datasets.config
-
-    before, folder = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("cache")
-    datasets.config.HF_DATASETS_CACHE, os.environ["HF_DATASETS_CACHE"] = folder, str(folder)
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-    del os.environ["HF_DATASETS_CACHE"]
 
 
 def images() -> list[bytes]:
@@ -117,7 +106,7 @@ def test_rows_that_cannot_be_read_are_named_and_counted(source, checkpoint, whol
 
 
 def test_the_shards_are_a_source_for_training(whole):
-    data = {"source": "parquet", "data_files": f"{whole}/*.parquet", "codes_column": "codes"}
+    data = Data(path="parquet", data_files=f"{whole}/*.parquet", codes_column="codes")
     items = list(load_source(data, image_size=16))
     assert len(items) == COUNT - len(BROKEN)
     assert (
@@ -128,10 +117,10 @@ def test_the_shards_are_a_source_for_training(whole):
 
 def test_pictures_can_be_kept_beside_their_codes(source, checkpoint, whole, tmp_path):
     assert tokenize(*source, "--keep-images", "--output", str(tmp_path), "--model", checkpoint) == 0
-    data = {"source": "parquet", "data_files": f"{tmp_path}/*.parquet", "codes_column": "codes", "streaming": True}
+    data = Data(path="parquet", data_files=f"{tmp_path}/*.parquet", codes_column="codes", streaming=True)
     item = next(iter(load_source(data, image_size=16)))
     pixels = np.asarray(Image.open(io.BytesIO(images()[0]))).transpose(2, 0, 1)
-    assert np.array_equal(item["pictures"], pixels)
+    assert np.array_equal(item["images"], pixels)
     assert item["codes"].tolist() == contents(whole)["shard-00000.parquet"][0]["codes"]
 
 
@@ -146,7 +135,10 @@ def test_finished_shards_stay_and_missing_ones_are_computed(source, checkpoint, 
     output = tmp_path / "tokens"
     assert tokenize(*source, *SIZES, "--output", str(output), "--model", checkpoint) == 0
     (output / "shard-00001.parquet").unlink()
-    (output / ".shard-00001.parquet.unfinished").write_text("half a file")
+    for leftover in (".shard-00001.parquet.unfinished", ".shard-00001.skipped.jsonl.unfinished"):
+        (output / leftover).write_text("half a file")
+    (output / ".tokenize.json.old").write_text("{")
+    os.utime(output / ".tokenize.json.old", (0, 0))
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
     assert tokenize(*source, *SIZES, "--output", str(output), "--model", checkpoint) == 0
     assert {name: (output / name).stat().st_mtime_ns for name in before} == before
@@ -254,7 +246,7 @@ def start(ray, attempts: int = 3) -> None:
 
 def test_without_ray_the_option_says_what_to_install(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "modeling_lavit.training.tokenize_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "modeling_lavit.training.data.tokenize_ray", raising=False)
     assert tokenize("--dataset", "x", "--output", str(tmp_path / "new"), "--ray", "2", "--model", checkpoint) == 2
     assert "pip install 'ray[data]'" in capsys.readouterr().err
 
@@ -304,4 +296,41 @@ def test_a_source_in_which_everything_is_broken_is_an_error(checkpoint, tmp_path
     pq.write_table(pa.table({"image": [b"no picture"] * 3}), tmp_path / "data.parquet")
     arguments = ("--data-files", str(tmp_path / "data.parquet"), "--output", str(tmp_path / "tokens"))
     assert tokenize("--dataset", "parquet", *arguments, "--model", checkpoint) == 2
-    assert "no row that can be used (3 rows: 3 with a broken picture)" in capsys.readouterr().err
+    assert "no row that can be used (3 rows: 3 with a broken image)" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_is_named_and_computed_again(source, checkpoint, whole, tmp_path, caplog):
+    output = tmp_path / "tokens"
+    shutil.copytree(whole, output)
+    (output / "shard-00002.parquet").write_bytes(b"PAR1")
+    assert tokenize(*source, *SIZES, "--output", str(output), "--model", checkpoint) == 0
+    assert "shard-00002.parquet is damaged" in caplog.text
+    assert contents(output) == contents(whole)
+
+
+@pytest.mark.parametrize(("settings", "message"), [("[1]", "is a list"), ("{", "is no JSON")])
+def test_settings_of_another_kind_are_named(source, checkpoint, tmp_path, capsys, settings, message):
+    (tmp_path / "tokenize.json").write_text(settings)
+    assert tokenize(*source, *SIZES, "--output", str(tmp_path), "--model", checkpoint) == 2
+    assert f"{tmp_path}/tokenize.json {message}" in capsys.readouterr().err
+
+
+def test_local_paths_need_to_be_allowed(checkpoint, tmp_path, capsys):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(images()[0])
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table({"image": [str(outside)]}), tmp_path / "data" / "rows.parquet")
+    arguments = (
+        "--dataset",
+        "parquet",
+        "--data-files",
+        str(tmp_path / "data" / "rows.parquet"),
+        "--model",
+        checkpoint,
+    )
+    assert tokenize(*arguments, "--output", str(tmp_path / "refused")) == 2
+    assert "1 with a path outside the data" in capsys.readouterr().err
+    assert tokenize(*arguments, "--output", str(tmp_path / "tokens"), "--allow-local-paths") == 0
+    assert "1 rows tokenized" in capsys.readouterr().out
+    assert tokenize(*arguments, "--output", str(tmp_path / "tokens")) == 2
+    assert "allow_local_paths True (now None)" in capsys.readouterr().err
