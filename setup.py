@@ -61,8 +61,8 @@ setup(
         "numpy",
     ],
     extras_require={
-        "train": ["datasets", "matplotlib", "peft", "resvg_py", "pyyaml"],
-        "evaluate": ["datasets", "matplotlib", "pyyaml", "torchmetrics"],
+        "train": ["datasets>=4.7", "matplotlib", "peft", "resvg_py", "pyyaml"],
+        "evaluate": ["datasets>=4.7", "matplotlib", "pyyaml", "torchmetrics"],
         "app": ["gradio"],
         "serve": ["aiohttp", "fastapi", "prometheus_client", "python-multipart", "ray[serve]", "uvicorn"],
         "ray": ["ray[data]"],

@@ -68,7 +68,7 @@ def main() -> None:
 
     reference, seconds = decode(DDIMScheduler, options.reference_steps, (0.0, 1.0))
     names = [row["name"] for row in rows]
-    print(f"{len(rows)} pictures, decoder guidance {pipe.config.default_decoder_guidance_scale}\n")
+    print(f"{len(rows)} pictures, decoder guidance {pipe.defaults.decoder_guidance_scale}\n")
     print(f"| solver | steps | distance to {options.reference_steps} | error | name top-5 | top-1 | seconds |")
     print("|---|---|---|---|---|---|---|")
 

@@ -46,7 +46,7 @@ def run_model(
         device: of the model, or None.
         batch_size: samples at once; always the same ones together.
         ray_workers: run as a Ray Data job of so many workers.
-        options: of the worker.
+        options: of the worker; all but `folder`, where it writes, are among the settings.
 
     Returns:
         all rows in the order of their items; None in every process but the main one.
@@ -59,9 +59,8 @@ def run_model(
     state = process_state()
     folder = OutputFolder(output, state.process_index, state.num_processes)
     if state.is_main_process:
-        folder.pin_settings(
-            settings | {"model": model, "checkpoint": checkpoint_hash(model), "batch_size": batch_size} | options
-        )
+        settings = settings | {"model": model, "checkpoint": checkpoint_hash(model), "batch_size": batch_size}
+        folder.pin_settings(settings | {name: value for name, value in options.items() if name != "folder"})
     state.wait_for_everyone()
     if ray_workers is not None:
         from .ray_run import run_with_ray

@@ -53,7 +53,7 @@ def paper_table(dataset: str, metric: str, score: float | None, label: str) -> s
     if dataset in COLUMNS:
         index = COLUMNS.index(dataset)
         lines += [f"| {name} | {row[index]} |" for name, row in PAPER.items() if row[index] is not None]
-    shown = "no references: see submission.json" if score is None else f"**{score:.1f}**"
+    shown = "not scored" if score is None else f"**{score:.1f}**"
     return "\n".join([*lines, f"| {label} | {shown} |"]) + "\n"
 
 

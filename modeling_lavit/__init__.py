@@ -8,6 +8,8 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").is_file() and (_root / "processing" / "__init__.py").is_file():
     __path__.append(str(_root))
 
+from . import compat_lavit as _  # noqa: E402, F401  # isort: skip  (first: it checks the versions)
+
 from transformers import AutoModelForMultimodalLM  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 

@@ -48,7 +48,7 @@ def build_app(pipe: LavitPipeline) -> gr.Blocks:
         count = f"{len(tokens.codes)} of {tokens.keep_mask.shape[1]} patches kept"
         return kept, enlarge(again, factor), f"{count}: {tokens.codes.tolist()}"
 
-    ratios = list(pipe.config.aspect_ratios)
+    ratios = list(pipe.defaults.aspect_ratios)
     with gr.Blocks(title="LaVIT") as app:
         gr.Markdown("# LaVIT\nOne language model that reads pictures and draws them.")
         with gr.Tab("Draw"):

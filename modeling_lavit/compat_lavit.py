@@ -1,9 +1,38 @@
-"""Names that differ between the allowed versions of transformers and diffusers, each with when its line can go."""
+"""The allowed versions of transformers and diffusers, and names that differ between them, each with when it can go.
+
+Whatever else of ours is imported comes after this file, so that another version is named in one sentence instead of
+failing at some name that it lacks. setup.py says the same range.
+"""
 
 import inspect
+from importlib.metadata import PackageNotFoundError, version
 
+from packaging.specifiers import SpecifierSet
+
+# `transformers.AutoImageProcessor` needs torchvision before 5.18, the class itself does not
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llama.modeling_llama import LlamaModel
 
+
+__all__ = ["ALLOWED_VERSIONS", "CACHE_NAME", "AutoImageProcessor", "cache_kwargs", "check_versions", "pop_cache"]
+
+ALLOWED_VERSIONS = {"transformers": ">=5.16,<6", "diffusers": ">=0.40,<1"}
+
+
+def check_versions(allowed: dict[str, str] = ALLOWED_VERSIONS) -> None:
+    """Raises ImportError if a library is installed in a version outside its range; one that is absent passes."""
+    for library, wanted in allowed.items():
+        try:
+            installed = version(library)
+        except PackageNotFoundError:
+            continue
+        if not SpecifierSet(wanted).contains(installed, prereleases=True):
+            raise ImportError(
+                f"LaVIT works with {library}{wanted}, and {installed} is installed: pip install '{library}{wanted}'"
+            )
+
+
+check_versions()
 
 # transformers 5.24 calls a model's cache `cache`, in what forward takes, in what it gives, and in generate's kwargs;
 # before, `cache` was the paged cache of continuous batching alone. Can go with 5.24 as the oldest version.

@@ -3,9 +3,10 @@
 Defaults are the sizes of the official LaVIT-7B checkpoints (arXiv 2309.04669).
 """
 
+from .compat_lavit import ALLOWED_VERSIONS as _  # noqa: F401  # isort: skip  (first: it checks the versions)
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .vocabulary_lavit import LavitVocabulary
@@ -106,6 +107,11 @@ class LavitDetokenizerConfig(PreTrainedConfig):
         variant: `"highres"` (SDXL-shaped UNet: `prompt_embed_dims` concatenated, and a pooled embedding of
             `pooled_embed_dim`) or `"lowres"` (SD-1.5-shaped UNet: `prompt_embed_dims` has one entry).
         num_unconditional_tokens: lowres only: rows of the learnt unconditional embedding.
+        aspect_ratios: name -> (height, width) in pixels that the UNet was trained for. None: those of the official
+            decoder where the UNet is of that size, else "1:1" alone.
+        vae_scale_factor: pixels a latent, along a side; what a pipeline without an autoencoder goes by.
+        default_num_inference_steps, default_decoder_guidance_scale: what [`LavitPipeline`] decodes with unless a call
+            says otherwise.
     """
 
     model_type = "lavit_detokenizer"
@@ -123,6 +129,10 @@ class LavitDetokenizerConfig(PreTrainedConfig):
     prompt_embed_dims: list[int] | tuple[int, ...] = (768, 1280)
     pooled_embed_dim: int = 1280
     num_unconditional_tokens: int = 77
+    aspect_ratios: dict | None = None
+    vae_scale_factor: int = 8
+    default_num_inference_steps: int = 25
+    default_decoder_guidance_scale: float | int = 7.0
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -150,10 +160,7 @@ class LavitConfig(PreTrainedConfig):
     """
 
     model_type = "lavit"
-    sub_configs_defaults = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "visual_config": LavitVisualTokenizerConfig,
-    }
+    sub_configs = {"text_config": AutoConfig, "visual_config": LavitVisualTokenizerConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     visual_config: dict | PreTrainedConfig | None = None
@@ -165,6 +172,10 @@ class LavitConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         default_language_model = self.text_config is None
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        if not isinstance(self.visual_config, PreTrainedConfig):
+            self.visual_config = LavitVisualTokenizerConfig(**(self.visual_config or {}))
         if "text-to-image" in PIPELINE_REGISTRY.get_supported_tasks():
             # the task of the imported package wins over a folder's code, as its models do
             kwargs.pop("custom_pipelines", None)
@@ -180,6 +191,41 @@ class LavitConfig(PreTrainedConfig):
                 f"text_config.vocab_size is {self.text_config.vocab_size}, but {self.text_vocab_size} text ids, "
                 f"[IMG], [/IMG] and {self.visual_config.codebook_size} codes need {needed}"
             )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, padding of the matrices included: the language model's."""
+        return self.text_config.vocab_size
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `[IMG]`, which opens every image."""
+        return self.vocabulary.boi_token_id
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The language model's, as are `bos_token_id` and `eos_token_id`; trainers set them."""
+        return self.text_config.pad_token_id
+
+    @pad_token_id.setter
+    def pad_token_id(self, value: int | None) -> None:
+        self.text_config.pad_token_id = value
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.text_config.bos_token_id
+
+    @bos_token_id.setter
+    def bos_token_id(self, value: int | None) -> None:
+        self.text_config.bos_token_id = value
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        return self.text_config.eos_token_id
+
+    @eos_token_id.setter
+    def eos_token_id(self, value: int | list[int] | None) -> None:
+        self.text_config.eos_token_id = value
 
     @property
     def vocabulary(self) -> LavitVocabulary:

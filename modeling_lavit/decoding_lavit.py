@@ -291,10 +291,10 @@ class LavitDecodingLoop:
 
     def _draft(self, sequences: torch.LongTensor, count: int) -> torch.LongTensor:
         """(1, n) ids to verify next, n up to `count`: how a known image goes on, of the only row (1, L)."""
-        recent = sequences[0, -LOOKED_AT:] - self.vocabulary.visual_offset
-        codes = self.drafter.continuation(recent.tolist(), count)
-        offset, end = self.vocabulary.visual_offset, self.vocabulary.eoi_token_id
-        return sequences.new_tensor([[end if code == END else offset + code for code in codes]], dtype=torch.long)
+        recent = [id_ - self.vocabulary.visual_offset for id_ in sequences[0, -LOOKED_AT:].tolist()]
+        codes = self.drafter.continuation(recent, count)
+        ids = [self.vocabulary.eoi_token_id if code == END else self.vocabulary.ids_of(code) for code in codes]
+        return sequences.new_tensor([ids], dtype=torch.long)
 
     def _forward(self, forward, model, input_ids: torch.LongTensor, drafts: torch.LongTensor, model_kwargs: dict):
         """The newest ids and the drafts behind them through the model."""

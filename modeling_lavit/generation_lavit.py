@@ -47,8 +47,9 @@ GENERATION_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # what a preset may hold for LavitPipeline alone
-PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "draft_length")
+# of a preset, for LavitPipeline alone
+PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 
 
 class LavitGenerationMixin(LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):

@@ -22,8 +22,11 @@ from pathlib import Path
 
 import diffusers
 import transformers
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+
+from .compat_lavit import AutoImageProcessor
 
 
 # components that live in the folder itself, not in a folder of their own
@@ -52,9 +55,7 @@ def register_classes(
     for auto_class in GENERATION_AUTO_CLASSES:
         getattr(transformers, auto_class).register(config_class, generation_model, exist_ok=True)
     generation_model.register_for_auto_class(GENERATION_AUTO_CLASSES[0])
-    transformers.AutoImageProcessor.register(
-        config_class, image_processor_classes={"pil": image_processor}, exist_ok=True
-    )
+    AutoImageProcessor.register(config_class, image_processor_classes={"pil": image_processor}, exist_ok=True)
     transformers.AutoProcessor.register(config_class, processor, exist_ok=True)
     image_processor.register_for_auto_class()
     processor.register_for_auto_class()
@@ -68,19 +69,23 @@ def register_classes(
 
 
 def load_without_flag(pipeline):
-    """Lets `DiffusionPipeline.from_pretrained(folder)` use `pipeline`, which is imported, not the folder's copy.
+    """Lets diffusers' `from_pretrained(folder)` use `pipeline`, which is imported, not the folder's copy.
 
     transformers' Auto classes have this rule (a registered class wins over a repository's code); diffusers has no
     registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
     """
-    read = diffusers.DiffusionPipeline._dict_from_json_file.__func__
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline
+    for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
+        loader._dict_from_json_file = classmethod(_knowing(pipeline, loader._dict_from_json_file.__func__))
 
-    def _dict_from_json_file(cls, json_file):
-        config = read(cls, json_file)
+
+def _knowing(pipeline, read: Callable) -> Callable:
+    def _dict_from_json_file(cls, *args, **kwargs):
+        config = read(cls, *args, **kwargs)
         is_ours = config.get("_class_name") == [ENTRY, pipeline.__name__]
         return {**config, "_class_name": pipeline.__name__} if is_ours else config
 
-    diffusers.DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
+    return _dict_from_json_file
 
 
 def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max_shard_size: int | str | None = None):
@@ -273,8 +278,8 @@ def model_card(model, pipe=None, notice: str | None = None, lowres: bool = False
         facts = {
             "height": pipe.default_size[0],
             "width": pipe.default_size[1],
-            "steps": pipe.config.default_num_inference_steps,
-            "aspect_ratios": ", ".join(pipe.config.aspect_ratios),
+            "steps": pipe.defaults.num_inference_steps,
+            "aspect_ratios": ", ".join(pipe.defaults.aspect_ratios),
         }
     return ModelCard.from_template(
         ModelCardData(
@@ -321,7 +326,7 @@ def _entry(pipe, code: set[Path]) -> str:
         "processor": type(pipe.processor),
         "pipeline": type(pipe),
         "unet": type(pipe.unet),
-        "vae": type(pipe.vae),
+        "vae": diffusers.AutoencoderKL if pipe.vae is None else type(pipe.vae),
     }
     lines = ['"""Where diffusers begins: it copies what this file imports, and finds what is registered here."""', ""]
     for stem in sorted({file.stem for file in code} | {CARD}):

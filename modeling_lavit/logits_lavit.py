@@ -39,7 +39,7 @@ class LavitGrammarLogitsProcessor(LogitsProcessor):
         inside, opened = image_state(input_ids, vocabulary)
         count = (length - 1 - opened).unsqueeze(1)
         ids = torch.arange(scores.shape[1], device=scores.device).unsqueeze(0)
-        is_code = (ids >= vocabulary.visual_offset) & (ids < vocabulary.size)
+        is_code = vocabulary.is_code(ids)
         is_end = ids == vocabulary.eoi_token_id
         must_close = (count >= self.max_image_tokens) | (length + 1 >= self.max_length)
         may_close = (count >= self.min_image_tokens) | must_close

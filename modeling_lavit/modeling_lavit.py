@@ -21,6 +21,7 @@ from .generation_lavit import LavitGenerationMixin
 from .layers_lavit import take_rows
 from .loading_lavit import StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitTokenMerger, LavitVisualTokenizer, LavitVisualTokens
+from .scoring_lavit import LavitScoringMixin
 from .slots_lavit import (
     LavitPositions,
     check_ids_and_mask,
@@ -106,6 +107,11 @@ class LavitUnderstanding(nn.Module):
         )
 
 
+def of_vision(attn_implementation: str | None) -> str | None:
+    """An attention implementation for the visual tokenizer, where another is asked of the language model."""
+    return attn_implementation if attn_implementation in (None, "eager", "sdpa") else "sdpa"
+
+
 class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     config_class = LavitConfig
     base_model_prefix = "model"
@@ -117,6 +123,20 @@ class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers; an implementation that the visual tokenizer has not (flash, flex) is the language
+        model's alone, and the visual tokenizer computes by PyTorch's own attention."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = {
+                "": attn_implementation,
+                "text_config": attn_implementation,
+                "visual_config": of_vision(attn_implementation),
+            }
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, LavitVisualTokenizer):
+                module.encoder.set_attn_implementation(module.config._attn_implementation)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers, but refuses to drop rows of visual ids.
@@ -141,7 +161,10 @@ class LavitModel(LavitPreTrainedModel):
             self.visual_tokenizer = self.understanding = None
             self._keys_to_ignore_on_load_unexpected = [r"visual_tokenizer\.", r"understanding\."]
         else:
-            self.visual_tokenizer = LavitVisualTokenizer._from_config(config.visual_config)
+            visual_attention = of_vision(config.visual_config._attn_implementation)
+            self.visual_tokenizer = LavitVisualTokenizer._from_config(
+                config.visual_config, attn_implementation=visual_attention
+            )
             self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -326,7 +349,7 @@ class LavitModel(LavitPreTrainedModel):
         return ids, embeds, whole, position_ids, positions, speaks
 
 
-class LavitForConditionalGeneration(LavitPreTrainedModel, LavitGenerationMixin):
+class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, LavitGenerationMixin):
     """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws.
 
     ```python

@@ -16,7 +16,7 @@ from .layers_lavit import LavitLayer, eager_attention_forward
 from .loading_lavit import StrictLoadingMixin
 
 
-# Added to the logits of padding: finite, so that an image without codes attends to padding instead of to nothing.
+# Added to the logits of padding: finite, as in the reference, whose image without codes attends to padding alone.
 PADDING_LOGIT = -10000.0
 
 
@@ -114,6 +114,9 @@ class LavitDetokenizer(StrictLoadingMixin, PreTrainedModel):
 
     def pad(self, codes: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed codes (sum,) to padded code vectors (B, n_max, D) and their mask (B, n_max) bool."""
+        for name, values in (("codes", codes), ("lengths", lengths)):
+            if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+                raise ValueError(f"{name} must be whole numbers, got {values.dtype}")
         if codes.ndim != 1 or int(lengths.sum()) != len(codes):
             raise ValueError(f"codes must be packed, {int(lengths.sum())} by lengths, got {tuple(codes.shape)}")
         longest = int(lengths.max())
@@ -153,11 +156,14 @@ class LavitDetokenizer(StrictLoadingMixin, PreTrainedModel):
         """
         Args:
             codes: (sum of lengths,) in 0 … K-1, image after image.
-            lengths: (B,), at most `num_queries` each.
+            lengths: (B,), 1 … `num_queries` each.
 
         Raises:
-            ValueError: too many codes for an image, codes out of range, or lengths that do not fit.
+            ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or
+                lengths that do not fit.
         """
+        if lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1:
+            raise ValueError(f"lengths must be one an image, each from 1 on, got {lengths.tolist()}")
         return self.conditions(self.decode(*self.pad(codes, lengths)))
 
     def unconditional(self, batch_size: int, device: torch.device | None = None) -> LavitDetokenizerOutput:

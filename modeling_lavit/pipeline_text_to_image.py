@@ -1,20 +1,25 @@
 """The transformers task "text-to-image": `pipeline("text-to-image", model=folder_or_repository)`."""
 
 import os
+from collections.abc import Iterator
 
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch.utils.data import Dataset
 from transformers import Pipeline
+
+from .prompts_lavit import Prompt, split_batch
 
 
 class LavitTextToImagePipeline(Pipeline):
-    """Draws pictures from prompts of text and pictures.
+    """Draws images from prompts of text and images.
 
     ```python
     draw = pipeline("text-to-image", model=path)
     draw("a red apple")                                # a PIL image
     draw(["a cat", "a dog"])                           # a list of them
-    draw([picture, "it is running in the snow"])       # one multimodal prompt; a batch of them is a list of lists
+    draw([image, "it is running in the snow"])         # one multimodal prompt; a batch of them is a list of lists
+    draw(prompt for prompt in prompts)                 # an iterator: each is drawn when it is asked for
     draw("a red apple", num_images_per_prompt=4)       # four images for each prompt
     ```
 
@@ -46,25 +51,25 @@ class LavitTextToImagePipeline(Pipeline):
             trust_remote_code=__name__.startswith("transformers_modules."),
         ).to(self.device)
 
-    def __call__(self, prompt: str | Image.Image | list, **kwargs) -> Image.Image | list:
+    def __call__(self, prompt: Prompt | Iterator[Prompt] | Dataset, **kwargs) -> Image.Image | list | Iterator:
         """See the class.
 
         Args:
-            prompt: a string, a picture, a list of both (one prompt), a list of strings or of lists (a batch).
+            prompt: a string, an image, a list of both (one prompt), a list of strings or of lists (a batch; also a
+                tuple, array, column or series). A generator or a torch dataset of prompts is drawn one by one.
             kwargs: of [`LavitPipeline`].
 
         Returns:
-            A PIL image for each prompt (a list with `num_images_per_prompt`), in a list if `prompt` is a batch.
+            A PIL image for each prompt (a list with `num_images_per_prompt`), in a list if `prompt` is a batch; an
+            iterator over them if it is a generator or a dataset.
         """
-        is_batch = isinstance(prompt, list) and (
-            all(isinstance(part, str) for part in prompt) or all(isinstance(part, list) for part in prompt)
-        )
+        if isinstance(prompt, Iterator | Dataset):
+            items = prompt if isinstance(prompt, Iterator) else (prompt[i] for i in range(len(prompt)))
+            return (self(one, **kwargs) for one in items)
+        prompts, is_batch = split_batch(prompt)
         # a dictionary is one item to the base class, so that the whole batch is drawn at once
-        images = super().__call__({"prompt": prompt}, **kwargs)
-        count = kwargs.get("num_images_per_prompt", 1)
-        if count > 1:
-            images = [images[start : start + count] for start in range(0, len(images), count)]
-        return images if is_batch else images[0]
+        drawn = super().__call__({"prompts": prompts}, **kwargs)
+        return drawn if is_batch else drawn[0]
 
     def _sanitize_parameters(self, **kwargs):
         return {}, kwargs, {}
@@ -73,10 +78,13 @@ class LavitTextToImagePipeline(Pipeline):
         return inputs
 
     def _forward(self, inputs: dict, **kwargs) -> dict:
-        return {"images": self.decoder(inputs["prompt"], **kwargs).images}
+        return {"images": self.decoder(inputs["prompts"], **kwargs).images, "prompts": len(inputs["prompts"])}
 
     def postprocess(self, outputs: dict) -> list:
-        return outputs["images"]
+        images, count = outputs["images"], len(outputs["images"]) // outputs["prompts"]
+        if count == 1:
+            return images
+        return [images[start : start + count] for start in range(0, len(images), count)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves all components, see [`LavitPipeline.save_pretrained`]."""

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 
 class LavitUNet2DConditionModel(UNet2DConditionModel):
@@ -17,7 +18,7 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
 
     Configuration, weights and interface are those of `UNet2DConditionModel`, with a wider `conv_in` and one linear
     layer more. By cross attention alone a small UNet takes very long to find out which condition belongs to which
-    place.
+    position.
     """
 
     @functools.wraps(UNet2DConditionModel.__init__)
@@ -40,16 +41,19 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
         patches = encoder_hidden_states.shape[1]
         side = math.isqrt(patches)
         if side * side != patches:
-            raise ValueError(f"conditions must be one a patch of a square picture, got {patches}")
-        places = self.condition_map(encoder_hidden_states).transpose(1, 2).unflatten(2, (side, side))
-        places = F.interpolate(places, size=sample.shape[-2:], mode="nearest")
-        return super().forward(torch.cat([sample, places], dim=1), timestep, encoder_hidden_states, *args, **kwargs)
+            raise ValueError(f"conditions must be one a patch of a square image, got {patches}")
+        condition_map = self.condition_map(encoder_hidden_states).transpose(1, 2).unflatten(2, (side, side))
+        condition_map = F.interpolate(condition_map, size=sample.shape[-2:], mode="nearest")
+        return super().forward(
+            torch.cat([sample, condition_map], dim=1), timestep, encoder_hidden_states, *args, **kwargs
+        )
 
 
-class LavitPatchAutoencoder(ModelMixin, ConfigMixin):
+class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     """Each patch of pixels to its leading principal components, and back; orthonormal, so noise keeps its size.
 
-    With `latent_channels = 3 · patch_size²` it is exactly invertible.
+    With `latent_channels = 3 · patch_size²` it is exactly invertible. As patches are independent, `enable_slicing`
+    (one image after the other) and `enable_tiling` (bands of `tile_latent_min_size` rows of patches) change nothing.
 
     Args:
         patch_size: side of a patch in pixels, a power of two.
@@ -78,33 +82,49 @@ class LavitPatchAutoencoder(ModelMixin, ConfigMixin):
             )
         self.components = torch.nn.Parameter(torch.eye(latent_channels, in_channels * patch_size**2))
         self.mean = torch.nn.Parameter(torch.zeros(in_channels * patch_size**2))
+        self.use_slicing = self.use_tiling = False
+        self.tile_latent_min_size = 64
 
     @torch.no_grad()
-    def fit(self, pictures: torch.Tensor) -> float:
-        """Principal components of the patches of `pictures` (B, 3, S, S) in [-1, 1]; returns the share kept."""
-        patches = F.pixel_unshuffle(pictures, self.config.patch_size).movedim(1, -1).flatten(0, -2).double()
+    def fit(self, images: torch.Tensor) -> float:
+        """Principal components of the patches of `images` (B, 3, S, S) in [-1, 1]; returns the share kept."""
+        patches = F.pixel_unshuffle(images, self.config.patch_size).movedim(1, -1).flatten(0, -2).double()
         covariance = torch.cov(patches.T)
         values, vectors = torch.linalg.eigh(covariance)
         self.mean.copy_(patches.mean(0))
         self.components.copy_(vectors.flip(1)[:, : self.config.latent_channels].T)
         return float(values.flip(0)[: self.config.latent_channels].sum() / values.sum())
 
+    @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
-        """Pictures (B, 3, S, S) in [-1, 1] to a distribution without spread over (B, latent_channels, S/p, S/p)."""
-        patches = F.pixel_unshuffle(x, self.config.patch_size) - self.mean[:, None, None]
-        latents = torch.einsum("bchw,kc->bkhw", patches, self.components)
+        """Images (B, 3, S, S) in [-1, 1] to a distribution without spread over (B, latent_channels, S/p, S/p)."""
+        latents = self._piecewise(self._encode, x, self.config.patch_size * self.tile_latent_min_size)
         posterior = DiagonalGaussianDistribution(
             torch.cat([latents, torch.zeros_like(latents)], 1), deterministic=True
         )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple:
-        """Latents (B, latent_channels, h, w) to pictures (B, 3, h·p, w·p)."""
-        patches = torch.einsum("bkhw,kc->bchw", z, self.components) + self.mean[:, None, None]
-        sample = F.pixel_shuffle(patches, self.config.patch_size)
+        """Latents (B, latent_channels, h, w) to images (B, 3, h·p, w·p)."""
+        sample = self._piecewise(self._decode, z, self.tile_latent_min_size)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        patches = F.pixel_unshuffle(x, self.config.patch_size) - self.mean[:, None, None]
+        return torch.einsum("bchw,kc->bkhw", patches, self.components)
+
+    def _decode(self, z: torch.Tensor) -> torch.Tensor:
+        patches = torch.einsum("bkhw,kc->bchw", z, self.components) + self.mean[:, None, None]
+        return F.pixel_shuffle(patches, self.config.patch_size)
+
+    def _piecewise(self, compute, values: torch.Tensor, band: int) -> torch.Tensor:
+        """`compute` on the images one by one, and on bands of so many rows, as slicing and tiling ask for it."""
+        images = values.split(1) if self.use_slicing else [values]
+        bands = [image.split(band, dim=2) if self.use_tiling else [image] for image in images]
+        return torch.cat([torch.cat([compute(part) for part in parts], dim=2) for parts in bands])
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
         return self.decode(self.encode(sample).latent_dist.mode(), return_dict=return_dict)

@@ -201,7 +201,7 @@ def test_with_the_package_everything_loads_without_a_flag(folder, drawn):
         loaded = pipeline_class.from_pretrained(folder)
         assert type(loaded) is LavitPipeline
         assert draw(loaded) == drawn
-        assert loaded.config.default_num_inference_steps == 7
+        assert loaded.defaults.num_inference_steps == 7
     assert type(pipeline("text-to-image", model=str(folder))) is LavitTextToImagePipeline
 
 

@@ -357,3 +357,37 @@ def test_a_decode_step_compiles_without_graph_breaks(model):
         expected = model(torch.tensor([[1, 20, 30, BOI]])).logits[:, -1:]
     reached = compiled.logits[..., EOI : CODE + 24]
     torch.testing.assert_close(F.softmax(reached, -1), F.softmax(expected[..., EOI : CODE + 24], -1))
+
+
+def test_an_attention_that_the_visual_tokenizer_has_not_is_the_language_models_alone(model, folder):
+    ids = torch.tensor([[1, BOI, EOI, 40]])
+    loaded = LavitForConditionalGeneration.from_pretrained(folder, attn_implementation="flex_attention")
+    switched = tiny_model()
+    switched.set_attn_implementation("flex_attention")
+    for flexible in (loaded, switched):
+        visual_tokenizer = flexible.model.visual_tokenizer
+        assert flexible.model.language_model.config._attn_implementation == "flex_attention"
+        assert visual_tokenizer.config._attn_implementation == "sdpa"
+        assert visual_tokenizer.encoder.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        logits = loaded(ids, pixel_values=tiny_images(1)).logits
+    torch.testing.assert_close(logits, model(ids, pixel_values=tiny_images(1)).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_config_names_the_ids_that_trainers_and_engines_ask_for(tmp_path):
+    config = tiny_config()
+    assert (config.vocab_size, config.image_token_id, config.eos_token_id) == (END, BOI, 2)
+    config.pad_token_id = 2
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).pad_token_id == 2
+
+
+def test_the_vocabulary_maps_both_ways_and_refuses_what_is_no_code():
+    vocabulary = tiny_config().vocabulary
+    codes = torch.arange(24)
+    assert vocabulary.ids_of(3) == CODE + 3 and vocabulary.codes_of(CODE + 3) == 3
+    assert torch.equal(vocabulary.codes_of(vocabulary.ids_of(codes)), codes)
+    assert vocabulary.is_code(torch.tensor([BOI, CODE, END - 1, END])).tolist() == [False, True, True, False]
+    for wrong in (lambda: vocabulary.ids_of(24), lambda: vocabulary.codes_of(torch.tensor([CODE, EOI]))):
+        with pytest.raises(ValueError, match="go from"):
+            wrong()

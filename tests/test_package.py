@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
+from packaging.specifiers import SpecifierSet
 from tiny import tiny_config
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import modeling_lavit
 from modeling_lavit.checkpoints import LAVIT_EMOJI
 from modeling_lavit.command_line import DELEGATED, build_parser
+from modeling_lavit.compat_lavit import ALLOWED_VERSIONS, check_versions
 from modeling_lavit.training.run import STAGES
 
 
@@ -104,6 +106,31 @@ def test_every_folder_of_code_is_a_package():
     folders = ("modeling_lavit", "processing", "conversion", "training", "evaluation")
     with_code = {path.parent for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert [folder for folder in with_code if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_embedded_checkpoints_code_is_linked_and_complete():
+    for file in LAVIT_EMOJI.rglob("*.py"):
+        names = re.findall(r"^\s*from \.(\w+) import", file.read_text(), re.M)
+        assert [name for name in names if not file.with_name(f"{name}.py").is_file()] == [], file
+        generated = file.name in ("hub_entry_lavit.py", "model_card_lavit.py")
+        assert generated or file.resolve().parent in (ROOT / "modeling_lavit", ROOT / "processing"), file
+
+
+def test_other_versions_of_the_libraries_are_named_in_one_sentence():
+    check_versions({"torch": ">=2", "no_such_library": "<1"})
+    with pytest.raises(
+        ImportError, match=r"^LaVIT works with torch<1, and 2\.[^:]* is installed: pip install 'torch<1'$"
+    ):
+        check_versions({"torch": "<1"})
+
+
+def test_setup_and_code_allow_the_same_versions(wheel):
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    required = re.findall(r"^Requires-Dist: (\w+)([<>=][^;\s]*)$", wheel.read(metadata).decode(), re.M)
+    ranges = {name: SpecifierSet(versions) for name, versions in required}
+    assert {name: ranges[name] for name in ALLOWED_VERSIONS} == {
+        name: SpecifierSet(versions) for name, versions in ALLOWED_VERSIONS.items()
+    }
 
 
 def test_name_and_version_are_the_same_everywhere(wheel):

@@ -14,73 +14,33 @@ from PIL import Image
 from tiny import (
     CODEBOOK_SIZE,
     NUM_PATCHES,
-    tiny_detokenizer,
-    tiny_model,
-    tiny_processor,
+    STEPS,
+    an_image,
+    codes,
+    latents_of,
+    seeded,
+    tiny_pipeline,
     tiny_scheduler,
     tiny_unet,
-    tiny_vae,
 )
 from transformers import CLIPConfig, CLIPImageProcessorPil, pipeline
 
-from modeling_lavit import LavitPipeline, LavitVisualTokens
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
-
-
-STEPS = 3
-
-
-def make_pipe(variant: str = "highres", **components) -> LavitPipeline:
-    lowres = {"variant": "lowres", "prompt_embed_dims": (24,)} if variant == "lowres" else {}
-    pipe = LavitPipeline(
-        **{
-            "processor": tiny_processor(),
-            "model": tiny_model(),
-            "detokenizer": tiny_detokenizer(**lowres),
-            "unet": tiny_unet(variant),
-            "vae": tiny_vae(),
-            "scheduler": tiny_scheduler(),
-            "default_num_inference_steps": STEPS,
-            **components,
-        }
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module", params=["highres", "lowres"])
 def pipe(request):
-    return make_pipe(request.param)
+    return tiny_pipeline(request.param)
 
 
 @pytest.fixture(scope="module")
 def highres():
-    return make_pipe()
-
-
-def seed(value: int) -> torch.Generator:
-    return torch.Generator().manual_seed(value)
-
-
-def picture(colour: str = "red", size: int = 20) -> Image.Image:
-    image = Image.new("RGB", (size, size), colour)
-    image.paste("blue", (2, 3, 9, 12))
-    return image
-
-
-def latents_of(pipe, *args, **kwargs) -> torch.Tensor:
-    return pipe(*args, output_type="latent", **kwargs).images
-
-
-def codes(*lengths: int) -> LavitVisualTokens:
-    lengths = torch.tensor(lengths)
-    values = torch.randint(CODEBOOK_SIZE, (int(lengths.sum()),), generator=seed(5))
-    return LavitVisualTokens(codes=values, lengths=lengths)
+    return tiny_pipeline()
 
 
 def test_a_seed_fixes_the_image_and_leaves_the_global_generator_alone(pipe):
     state = torch.random.get_rng_state()
-    first, second, other = (latents_of(pipe, "a red apple", generator=seed(s)) for s in (1, 1, 2))
+    first, second, other = (latents_of(pipe, "a red apple", generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert torch.equal(state, torch.random.get_rng_state())
@@ -89,21 +49,21 @@ def test_a_seed_fixes_the_image_and_leaves_the_global_generator_alone(pipe):
 def test_an_image_of_a_batch_equals_the_image_drawn_alone_with_its_generator(pipe):
     prompts = ["a red apple on the table", "two cats"]
     settings = {"output_type": "latent", "max_image_tokens": 9}
-    batch = pipe(prompts, num_images_per_prompt=2, generator=[seed(s) for s in range(4)], **settings)
+    batch = pipe(prompts, num_images_per_prompt=2, generator=[seeded(s) for s in range(4)], **settings)
     for i, tokens in enumerate(batch.visual_tokens.split()):
-        alone = pipe(prompts[i // 2], generator=seed(i), **settings)
+        alone = pipe(prompts[i // 2], generator=seeded(i), **settings)
         assert torch.equal(alone.visual_tokens.codes, tokens)
         torch.testing.assert_close(alone.images, batch.images[i : i + 1], atol=1e-4, rtol=1e-4)
 
 
 def test_the_images_of_one_prompt_are_distinct_draws(pipe):
-    tokens = pipe.generate_visual_tokens("a red apple", num_images_per_prompt=3, generator=seed(0))
+    tokens = pipe.generate_visual_tokens("a red apple", num_images_per_prompt=3, generator=seeded(0))
     assert len({tuple(row.tolist()) for row in tokens.split()}) == 3
 
 
 def test_the_two_stages_apart_equal_the_whole(pipe):
-    whole = pipe("two blue cats", generator=seed(3), output_type="latent")
-    generator = seed(3)
+    whole = pipe("two blue cats", generator=seeded(3), output_type="latent")
+    generator = seeded(3)
     tokens = pipe.generate_visual_tokens("two blue cats", generator=generator)
     assert torch.equal(tokens.codes, whole.visual_tokens.codes)
     apart = latents_of(pipe, visual_tokens=tokens, generator=generator)
@@ -112,55 +72,55 @@ def test_the_two_stages_apart_equal_the_whole(pipe):
 
 def test_visual_tokens_may_be_a_list_and_be_decoded_more_than_once(pipe):
     tokens = codes(3, 7)
-    from_list = latents_of(pipe, visual_tokens=list(tokens.split()), generator=[seed(0), seed(1)])
-    torch.testing.assert_close(from_list, latents_of(pipe, visual_tokens=tokens, generator=[seed(0), seed(1)]))
-    four = latents_of(pipe, visual_tokens=tokens, num_images_per_prompt=2, generator=[seed(s) for s in (0, 9, 8, 1)])
+    from_list = latents_of(pipe, visual_tokens=list(tokens.split()), generator=[seeded(0), seeded(1)])
+    torch.testing.assert_close(from_list, latents_of(pipe, visual_tokens=tokens, generator=[seeded(0), seeded(1)]))
+    four = latents_of(pipe, visual_tokens=tokens, num_images_per_prompt=2, generator=[seeded(s) for s in (0, 9, 8, 1)])
     torch.testing.assert_close(four[[0, 3]], from_list, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(four[0], four[1])
 
 
-def test_a_multimodal_prompt_depends_on_its_picture_and_its_text(highres):
+def test_a_multimodal_prompt_depends_on_its_image_and_its_text(highres):
     def drawn(prompt):
-        return highres.generate_visual_tokens(prompt, generator=seed(0)).codes.tolist()
+        return highres.generate_visual_tokens(prompt, generator=seeded(0)).codes.tolist()
 
-    reference = drawn([picture("red"), "in snow"])
-    assert reference == drawn([picture("red"), "in snow"])
-    assert reference != drawn([picture("green"), "in snow"])
-    assert reference != drawn([picture("red"), "dogs"])
-    assert reference != drawn(["in snow", picture("red")])
+    reference = drawn([an_image("red"), "in snow"])
+    assert reference == drawn([an_image("red"), "in snow"])
+    assert reference != drawn([an_image("green"), "in snow"])
+    assert reference != drawn([an_image("red"), "dogs"])
+    assert reference != drawn(["in snow", an_image("red")])
 
 
 def test_a_batch_of_multimodal_prompts_equals_its_prompts_one_by_one(highres):
-    prompts = [[picture(), "in snow"], ["cats and", picture("green"), picture("white")], ["a red apple"]]
-    batch = highres.generate_visual_tokens(prompts, generator=[seed(s) for s in range(3)])
+    prompts = [[an_image(), "in snow"], ["cats and", an_image("green"), an_image("white")], ["a red apple"]]
+    batch = highres.generate_visual_tokens(prompts, generator=[seeded(s) for s in range(3)])
     for i, row in enumerate(batch.split()):
-        assert torch.equal(row, highres.generate_visual_tokens(prompts[i : i + 1], generator=seed(i)).codes)
+        assert torch.equal(row, highres.generate_visual_tokens(prompts[i : i + 1], generator=seeded(i)).codes)
 
 
 def test_reference_compat_reaches_the_processor_and_the_language_model(highres):
-    prompt = [picture(), "a red apple on the table is it big"]
-    got = highres.generate_visual_tokens(prompt, generator=seed(0), reference_compat=True)
+    prompt = [an_image(), "a red apple on the table is it big"]
+    got = highres.generate_visual_tokens(prompt, generator=seeded(0), reference_compat=True)
     inputs = highres.processor(
         images=[prompt[0]], text="<image>" + prompt[1], generation_mode="image", reference_compat=True
     )
     ids = highres.model.generate(
-        **inputs, generation_mode="image", guidance_scale=5.0, generator=seed(0), reference_compat=True
+        **inputs, generation_mode="image", guidance_scale=5.0, generator=seeded(0), reference_compat=True
     )
     assert torch.equal(got.codes, highres.model.decode_image_tokens(ids)[0])
-    assert not torch.equal(got.codes, highres.generate_visual_tokens(prompt, generator=seed(0)).codes)
+    assert not torch.equal(got.codes, highres.generate_visual_tokens(prompt, generator=seeded(0)).codes)
 
 
-def test_a_picture_alone_is_a_prompt(highres):
-    assert len(highres(picture(), generator=seed(0)).images) == 1
+def test_an_image_alone_is_a_prompt(highres):
+    assert len(highres(an_image(), generator=seeded(0)).images) == 1
 
 
-def test_reconstruct_decodes_the_tokens_of_the_picture(pipe):
-    out = pipe.reconstruct([picture(), picture("green")], generator=[seed(0), seed(1)], output_type="latent")
-    pixels = pipe.processor.image_processor([picture(), picture("green")], return_tensors="pt").pixel_values
+def test_reconstruct_decodes_the_tokens_of_the_image(pipe):
+    out = pipe.reconstruct([an_image(), an_image("green")], generator=[seeded(0), seeded(1)], output_type="latent")
+    pixels = pipe.processor.image_processor([an_image(), an_image("green")], return_tensors="pt").pixel_values
     tokens = pipe.model.model.visual_tokenizer.tokenize(pixels)
     assert torch.equal(out.visual_tokens.codes, tokens.codes)
-    assert torch.equal(out.images, latents_of(pipe, visual_tokens=tokens, generator=[seed(0), seed(1)]))
-    fewer = pipe.reconstruct(picture(), keep_ratio=0.25, output_type="latent").visual_tokens
+    assert torch.equal(out.images, latents_of(pipe, visual_tokens=tokens, generator=[seeded(0), seeded(1)]))
+    fewer = pipe.reconstruct(an_image(), keep_ratio=0.25, output_type="latent").visual_tokens
     assert fewer.lengths.tolist() == [NUM_PATCHES // 4]
 
 
@@ -168,7 +128,7 @@ def test_reconstruct_decodes_the_tokens_of_the_picture(pipe):
 @torch.no_grad()
 def test_the_denoising_is_ddim_with_guidance_on_the_conditions_of_the_detokenizer(pipe, scale, interval):
     tokens, lowres = codes(5, 12), pipe.detokenizer.config.variant == "lowres"
-    noise = torch.randn(2, 4, 8, 8, generator=seed(0))
+    noise = torch.randn(2, 4, 8, 8, generator=seeded(0))
     got = latents_of(
         pipe,
         visual_tokens=tokens,
@@ -205,11 +165,11 @@ def test_the_denoising_is_ddim_with_guidance_on_the_conditions_of_the_detokenize
 
 
 def test_guidance_rescale_and_the_guidance_of_the_language_model_take_effect(highres):
-    plain = latents_of(highres, visual_tokens=codes(6), generator=seed(0))
-    rescaled = latents_of(highres, visual_tokens=codes(6), generator=seed(0), guidance_rescale=0.7)
+    plain = latents_of(highres, visual_tokens=codes(6), generator=seeded(0))
+    rescaled = latents_of(highres, visual_tokens=codes(6), generator=seeded(0), guidance_rescale=0.7)
     assert not torch.allclose(plain, rescaled)
-    strong = highres.generate_visual_tokens("a red apple", generator=seed(0), guidance_scale=9.0)
-    assert strong.codes.tolist() != highres.generate_visual_tokens("a red apple", generator=seed(0)).codes.tolist()
+    strong = highres.generate_visual_tokens("a red apple", generator=seeded(0), guidance_scale=9.0)
+    assert strong.codes.tolist() != highres.generate_visual_tokens("a red apple", generator=seeded(0)).codes.tolist()
 
 
 def test_steps_outside_the_guidance_interval_cost_half(pipe):
@@ -245,7 +205,7 @@ def test_the_token_callback_gets_every_id_of_every_image(highres):
     steps = []
     tokens = highres.generate_visual_tokens(
         ["a cat", "two dogs"],
-        generator=[seed(0), seed(1)],
+        generator=[seeded(0), seeded(1)],
         callback_on_token=lambda step, ids: steps.append((step, ids)),
         max_image_tokens=7,
     )
@@ -257,16 +217,16 @@ def test_the_token_callback_gets_every_id_of_every_image(highres):
 
 @pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, UniPCMultistepScheduler])
 def test_any_scheduler_of_stable_diffusion_can_be_set(scheduler):
-    pipe = make_pipe(scheduler=scheduler.from_config(tiny_scheduler().config))
-    batch = latents_of(pipe, visual_tokens=codes(4, 6), generator=[seed(0), seed(1)])
-    alone = latents_of(pipe, visual_tokens=[codes(4, 6).split()[1]], generator=seed(1))
+    pipe = tiny_pipeline(scheduler=scheduler.from_config(tiny_scheduler().config))
+    batch = latents_of(pipe, visual_tokens=codes(4, 6), generator=[seeded(0), seeded(1)])
+    alone = latents_of(pipe, visual_tokens=[codes(4, 6).split()[1]], generator=seeded(1))
     assert torch.isfinite(batch).all()
     torch.testing.assert_close(batch[1:], alone, atol=1e-3, rtol=1e-3)
 
 
 def test_output_types(highres):
     def draw(kind):
-        return highres(visual_tokens=codes(3, 4), generator=[seed(0), seed(1)], output_type=kind).images
+        return highres(visual_tokens=codes(3, 4), generator=[seeded(0), seeded(1)], output_type=kind).images
 
     pil, array, tensor, latents = (draw(kind) for kind in ("pil", "np", "pt", "latent"))
     assert [image.size for image in pil] == [(16, 16), (16, 16)]
@@ -282,7 +242,7 @@ def test_without_a_dictionary_a_tuple_comes_back(highres):
 
 
 def test_height_and_width_in_pixels_and_listed_aspect_ratios():
-    pipe = make_pipe(aspect_ratios={"1:1": (16, 16), "1:2": (16, 32)})
+    pipe = tiny_pipeline(aspect_ratios={"1:1": (16, 16), "1:2": (16, 32)})
     assert latents_of(pipe, visual_tokens=codes(3), height=24, width=16).shape[2:] == (12, 8)
     assert latents_of(pipe, visual_tokens=codes(3), aspect_ratio="1:2").shape[2:] == (8, 16)
 
@@ -290,15 +250,15 @@ def test_height_and_width_in_pixels_and_listed_aspect_ratios():
 def test_a_decoder_of_the_official_size_offers_the_official_aspect_ratios(highres):
     unet = tiny_unet()
     unet.register_to_config(sample_size=512)
-    assert make_pipe(unet=unet).config.aspect_ratios == {
-        "1:1": [1024, 1024],
-        "4:3": [896, 1152],
-        "3:2": [832, 1216],
-        "16:9": [768, 1344],
-        "2:3": [1216, 832],
-        "3:4": [1152, 896],
+    assert tiny_pipeline(unet=unet).defaults.aspect_ratios == {
+        "1:1": (1024, 1024),
+        "4:3": (896, 1152),
+        "3:2": (832, 1216),
+        "16:9": (768, 1344),
+        "2:3": (1216, 832),
+        "3:4": (1152, 896),
     }
-    assert highres.config.aspect_ratios == {"1:1": [16, 16]}
+    assert highres.defaults.aspect_ratios == {"1:1": (16, 16)}
 
 
 @pytest.mark.parametrize(
@@ -309,18 +269,18 @@ def test_a_decoder_of_the_official_size_offers_the_official_aspect_ratios(highre
         ({"prompt": ""}, "prompt 0 is empty"),
         ({"prompt": ["a", "  "]}, "prompt 1 is empty"),
         ({"prompt": []}, "non-empty list"),
-        ({"prompt": 3}, "must be a string, a picture"),
+        ({"prompt": 3}, "must be a string, an image"),
         ({"prompt": ["a", 3]}, "prompt 0 holds int"),
         ({"prompt": [["a"], "b"]}, "prompt 0 holds list"),
         ({"prompt": "a", "aspect_ratio": "16:9"}, r"must be one of \['1:1'\], got '16:9'"),
         ({"prompt": "a", "aspect_ratio": "1:1", "height": 16}, "either aspect_ratio or height and width"),
         ({"prompt": "a", "decoder_guidance_interval": (0.5, 0.2)}, "0 <= start < stop <= 1"),
         ({"prompt": "a", "height": 13}, "height must be a positive multiple of 8, got 13"),
-        ({"prompt": ["a", "b"], "generator": [seed(0)]}, "2 images are drawn, but 1 generators"),
-        ({"visual_tokens": codes(3), "generator": [seed(0)] * 2}, "1 images are drawn, but 2 generators"),
+        ({"prompt": ["a", "b"], "generator": [seeded(0)]}, "2 images are drawn, but 1 generators"),
+        ({"visual_tokens": codes(3), "generator": [seeded(0)] * 2}, "1 images are drawn, but 2 generators"),
         ({"visual_tokens": codes(3, NUM_PATCHES + 1)}, "17 codes"),
         ({"visual_tokens": [torch.tensor([CODEBOOK_SIZE])]}, "codes must be in"),
-        ({"visual_tokens": []}, "a 1-D tensor of codes for each image"),
+        ({"visual_tokens": []}, "a 1-D tensor of codes"),
         ({"visual_tokens": codes(3), "top_k": 3}, "top_k"),
         ({"prompt": "a", "max_image_tokens": NUM_PATCHES + 1}, "takes 16 visual tokens at most"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["x"]}, "callback_on_step_end_tensor_inputs"),
@@ -335,27 +295,27 @@ def test_bad_arguments_are_refused_with_what_is_wrong(highres, arguments, messag
 
 def test_defaults_are_properties_of_the_checkpoint():
     steps = []
-    pipe = make_pipe(default_num_inference_steps=2, default_decoder_guidance_scale=1.0, default_guidance_scale=1.0)
+    pipe = tiny_pipeline(default_num_inference_steps=2, default_decoder_guidance_scale=1.0, default_guidance_scale=1.0)
 
     def watch(loop, step, timestep, tensors):
         steps.append(loop.guidance_scale)
         return {}
 
-    tokens = pipe("a cat", generator=seed(0), callback_on_step_end=watch).visual_tokens
+    tokens = pipe("a cat", generator=seeded(0), callback_on_step_end=watch).visual_tokens
     assert steps == [1.0, 1.0]
-    given = make_pipe().generate_visual_tokens("a cat", generator=seed(0), guidance_scale=1.0)
+    given = tiny_pipeline().generate_visual_tokens("a cat", generator=seeded(0), guidance_scale=1.0)
     assert torch.equal(tokens.codes, given.codes)
 
 
 def test_a_call_changes_no_component():
-    pipe = make_pipe()
+    pipe = tiny_pipeline()
     before = {
         name: (dict(vars(part)), copy.deepcopy(part.state_dict()))
         for name, part in pipe.components.items()
         if isinstance(part, torch.nn.Module)
     }
     scheduler_config = dict(pipe.scheduler.config)
-    pipe([picture(), "a cat"])
+    pipe([an_image(), "a cat"])
     for name, (attributes, weights) in before.items():
         part = getattr(pipe, name)
         assert vars(part).keys() == attributes.keys()
@@ -366,8 +326,8 @@ def test_a_call_changes_no_component():
 
 
 def test_a_half_precision_vae_that_overflows_is_decoded_in_full_precision_and_stays_as_it_is():
-    pipe = make_pipe()
-    latents = torch.randn(1, 4, 8, 8, generator=seed(0))
+    pipe = tiny_pipeline()
+    latents = torch.randn(1, 4, 8, 8, generator=seeded(0))
     wanted = pipe.vae.half().float().decode(latents / pipe.vae.config.scaling_factor).sample
     pipe.vae.half()
     assert pipe.vae.config.force_upcast
@@ -377,73 +337,133 @@ def test_a_half_precision_vae_that_overflows_is_decoded_in_full_precision_and_st
 
 
 def test_every_component_may_have_its_own_dtype():
-    pipe = make_pipe()
-    reference = latents_of(pipe, visual_tokens=codes(5), generator=seed(0))
+    pipe = tiny_pipeline()
+    reference = latents_of(pipe, visual_tokens=codes(5), generator=seeded(0))
     pipe.unet.to(torch.bfloat16)
     pipe.detokenizer.to(torch.bfloat16)
-    out = pipe(visual_tokens=codes(5), generator=seed(0), output_type="latent")
+    out = pipe(visual_tokens=codes(5), generator=seeded(0), output_type="latent")
     assert out.images.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(out.images.float().flatten(), reference.flatten(), dim=0) > 0.95
     assert len(pipe("a cat").images) == 1
 
 
 def test_lora_on_the_unet_loads_and_scales(tmp_path):
-    pipe = make_pipe()
-    plain = latents_of(pipe, visual_tokens=codes(5), generator=seed(0))
+    pipe = tiny_pipeline()
+    plain = latents_of(pipe, visual_tokens=codes(5), generator=seeded(0))
     trained = tiny_unet()
     trained.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
     pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(trained))
     pipe.load_lora_weights(tmp_path, adapter_name="style")
-    adapted = latents_of(pipe, visual_tokens=codes(5), generator=seed(0))
-    off = latents_of(pipe, visual_tokens=codes(5), generator=seed(0), cross_attention_kwargs={"scale": 0.0})
+    adapted = latents_of(pipe, visual_tokens=codes(5), generator=seeded(0))
+    off = latents_of(pipe, visual_tokens=codes(5), generator=seeded(0), cross_attention_kwargs={"scale": 0.0})
     assert not torch.allclose(adapted, plain)
     torch.testing.assert_close(off, plain)
     pipe.unload_lora_weights()
-    assert torch.equal(latents_of(pipe, visual_tokens=codes(5), generator=seed(0)), plain)
+    assert torch.equal(latents_of(pipe, visual_tokens=codes(5), generator=seeded(0)), plain)
+
+
+def test_adapters_of_the_unet_are_weighted_fused_and_unfused():
+    pipe = tiny_pipeline()
+
+    def draw(**kwargs):
+        return latents_of(pipe, visual_tokens=codes(5), generator=seeded(0), **kwargs)
+
+    plain = draw()
+    for name in ("style", "colour"):
+        config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        pipe.unet.add_adapter(config, adapter_name=name)
+    pipe.set_adapters(["style", "colour"], [0.3, 0.6])
+    assert pipe.get_list_adapters() == {"unet": ["style", "colour"]}
+    both = draw()
+    pipe.set_adapters("style", 0.3)
+    style = draw()
+    assert not torch.allclose(style, plain) and not torch.allclose(style, both)
+    pipe.fuse_lora(adapter_names=["style"])
+    assert pipe.num_fused_loras == 1
+    torch.testing.assert_close(draw(), style, atol=1e-4, rtol=1e-4)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(draw(), style, atol=1e-4, rtol=1e-4)
+    pipe.disable_lora()
+    torch.testing.assert_close(draw(), plain, atol=1e-4, rtol=1e-4)
+    pipe.delete_adapters(["style", "colour"])
+    torch.testing.assert_close(draw(), plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_slicing_and_tiling_of_the_vae_are_switched_on_the_pipeline(patches):
+    parts = {}
+    if patches:
+        vae = LavitPatchAutoencoder(patch_size=2, latent_channels=12, block_out_channels=(1, 1))
+        torch.nn.init.orthogonal_(vae.components)
+        vae.tile_latent_min_size = 5
+        parts = {"vae": vae, "unet": tiny_unet(channels=12), "scheduler": tiny_scheduler("sample")}
+    pipe = tiny_pipeline(**parts)
+
+    def draw():
+        settings = {"num_inference_steps": 1, "height": 32, "width": 24, "output_type": "pt"}
+        return pipe(visual_tokens=codes(3, 4), generator=seeded(0), **settings).images
+
+    whole = draw()
+    pipe.enable_vae_slicing()
+    sliced = draw()
+    torch.testing.assert_close(sliced, whole)
+    pipe.disable_vae_slicing()
+    pipe.enable_vae_tiling()
+    assert pipe.vae.use_tiling and not pipe.vae.use_slicing
+    tiled = draw()
+    assert tiled.shape == whole.shape
+    if patches:  # patches are independent of each other
+        torch.testing.assert_close(tiled, whole)
+        images = torch.randn(2, 3, 32, 24, generator=seeded(1))
+        encoded = pipe.vae.encode(images).latent_dist.mode()
+        pipe.disable_vae_tiling()
+        torch.testing.assert_close(encoded, pipe.vae.encode(images).latent_dist.mode())
+    pipe.disable_vae_tiling()
+    assert torch.equal(draw(), whole)
 
 
 def test_offload_and_slicing_change_no_result(pipe):
-    fresh = make_pipe(pipe.detokenizer.config.variant)
-    wanted = pipe(["a cat", "dogs"], generator=[seed(0), seed(1)], output_type="pt").images
+    fresh = tiny_pipeline(pipe.detokenizer.config.variant)
+    wanted = pipe(["a cat", "dogs"], generator=[seeded(0), seeded(1)], output_type="pt").images
     fresh.vae.enable_slicing()
     fresh.enable_attention_slicing()
     fresh.enable_model_cpu_offload(device="cpu")
-    got = fresh(["a cat", "dogs"], generator=[seed(0), seed(1)], output_type="pt").images
+    got = fresh(["a cat", "dogs"], generator=[seeded(0), seeded(1)], output_type="pt").images
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-    again = fresh.reconstruct(picture(), generator=seed(0), output_type="pt").images
-    torch.testing.assert_close(again, pipe.reconstruct(picture(), generator=seed(0), output_type="pt").images)
+    again = fresh.reconstruct(an_image(), generator=seeded(0), output_type="pt").images
+    torch.testing.assert_close(again, pipe.reconstruct(an_image(), generator=seeded(0), output_type="pt").images)
 
 
 def test_group_offload_changes_no_result(highres):
-    fresh = make_pipe()
+    fresh = tiny_pipeline()
     fresh.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    drawn, wanted = (latents_of(each, "a cat", generator=seed(1)) for each in (fresh, highres))
+    drawn, wanted = (latents_of(each, "a cat", generator=seeded(1)) for each in (fresh, highres))
     torch.testing.assert_close(drawn, wanted)
     again, wanted = (
-        each.reconstruct(picture(), generator=seed(1), output_type="latent").images for each in (fresh, highres)
+        each.reconstruct(an_image(), generator=seeded(1), output_type="latent").images for each in (fresh, highres)
     )
     torch.testing.assert_close(again, wanted)
 
 
 def test_sequential_offload_changes_no_result(pipe):
     """With accelerate's hooks as `enable_sequential_cpu_offload` sets them; that itself refuses the CPU."""
-    fresh = make_pipe(pipe.detokenizer.config.variant)
+    fresh = tiny_pipeline(pipe.detokenizer.config.variant)
     modules = [component for component in fresh.components.values() if isinstance(component, torch.nn.Module)]
     for module in modules:
         cpu_offload(module, torch.device("cpu"), offload_buffers=len(module._parameters) > 0)
     assert {weight.device.type for module in modules for weight in module.parameters()} == {"meta"}
-    for arguments in ({"prompt": "a cat"}, {"prompt": [picture(), "in snow"]}):
-        drawn, wanted = (latents_of(each, generator=seed(1), **arguments) for each in (fresh, pipe))
+    for arguments in ({"prompt": "a cat"}, {"prompt": [an_image(), "in snow"]}):
+        drawn, wanted = (latents_of(each, generator=seeded(1), **arguments) for each in (fresh, pipe))
         torch.testing.assert_close(drawn, wanted)
 
 
-def test_large_pictures_are_decoded_in_tiles(highres):
-    fresh = make_pipe()
-    settings = {"visual_tokens": codes(4, 5), "generator": seed(0), "height": 32, "width": 32}
+def test_large_images_are_decoded_in_tiles(highres):
+    fresh = tiny_pipeline()
+    settings = {"visual_tokens": codes(4, 5), "generator": seeded(0), "height": 32, "width": 32}
     whole = fresh(output_type="pt", **settings).images
     fresh.vae.enable_tiling()
-    tiled = fresh(output_type="pt", **settings | {"generator": seed(0)}).images
-    latents = fresh(output_type="latent", **settings | {"generator": seed(0)}).images
+    tiled = fresh(output_type="pt", **settings | {"generator": seeded(0)}).images
+    latents = fresh(output_type="latent", **settings | {"generator": seeded(0)}).images
     with torch.no_grad():
         wanted = fresh.vae.tiled_decode(latents / fresh.vae.config.scaling_factor).sample
     torch.testing.assert_close(tiled, (wanted / 2 + 0.5).clamp(0, 1))
@@ -455,9 +475,11 @@ def test_drawing_from_text_can_leave_the_encoder_out(highres, tmp_path):
     model = type(highres.model).from_pretrained(tmp_path, generation_only=True).eval()
     names = [name for name, _ in model.named_parameters()]
     assert not [name for name in names if "visual_tokenizer" in name or "understanding" in name]
-    pipe = make_pipe(model=model)
-    assert torch.equal(latents_of(pipe, "a cat", generator=seed(1)), latents_of(highres, "a cat", generator=seed(1)))
-    for reads in (lambda: pipe([picture(), "in snow"]), lambda: pipe.reconstruct(picture())):
+    pipe = tiny_pipeline(model=model)
+    assert torch.equal(
+        latents_of(pipe, "a cat", generator=seeded(1)), latents_of(highres, "a cat", generator=seeded(1))
+    )
+    for reads in (lambda: pipe([an_image(), "in snow"]), lambda: pipe.reconstruct(an_image())):
         with pytest.raises(ValueError, match="generation_only=True"):
             reads()
     with pytest.raises(ValueError, match="all its parts"):
@@ -466,8 +488,8 @@ def test_drawing_from_text_can_leave_the_encoder_out(highres, tmp_path):
 
 def test_the_patch_autoencoder_serves_as_vae():
     vae = LavitPatchAutoencoder(patch_size=2, latent_channels=12, block_out_channels=(1, 1))
-    pipe = make_pipe(vae=vae, unet=tiny_unet(channels=12), scheduler=tiny_scheduler("sample"))
-    out = pipe("a cat", generator=seed(0))
+    pipe = tiny_pipeline(vae=vae, unet=tiny_unet(channels=12), scheduler=tiny_scheduler("sample"))
+    out = pipe("a cat", generator=seeded(0))
     assert out.images[0].size == (16, 16)
 
 
@@ -478,7 +500,7 @@ def test_flagged_images_come_back_black():
         CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)
     ).eval()
     extractor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    pipe = make_pipe(safety_checker=checker, feature_extractor=extractor)
+    pipe = tiny_pipeline(safety_checker=checker, feature_extractor=extractor)
     checker.concept_embeds_weights.data.fill_(2.0)
     out = pipe(visual_tokens=codes(3, 4), output_type="np")
     assert out.nsfw_content_detected == [False, False] and out.images.any()
@@ -486,7 +508,7 @@ def test_flagged_images_come_back_black():
     out = pipe(visual_tokens=codes(3, 4), output_type="np")
     assert out.nsfw_content_detected == [True, True] and not out.images.any()
     with pytest.raises(ValueError, match="feature_extractor"):
-        make_pipe(safety_checker=checker)
+        tiny_pipeline(safety_checker=checker)
 
 
 @pytest.fixture(scope="module")
@@ -499,25 +521,25 @@ def folder(highres, tmp_path_factory):
 def test_the_text_to_image_task_returns_images_as_they_were_asked_for(folder, highres):
     draw = pipeline("text-to-image", model=str(folder))
     draw.decoder.set_progress_bar_config(disable=True)
-    one = draw("a cat", generator=seed(0))
-    assert np.array_equal(np.asarray(one), np.asarray(highres("a cat", generator=seed(0)).images[0]))
+    one = draw("a cat", generator=seeded(0))
+    assert np.array_equal(np.asarray(one), np.asarray(highres("a cat", generator=seeded(0)).images[0]))
     assert [image.size for image in draw(["a cat", "dogs"])] == [(16, 16)] * 2
-    assert draw([picture(), "in snow"], num_inference_steps=1).size == (16, 16)
+    assert draw([an_image(), "in snow"], num_inference_steps=1).size == (16, 16)
     nested = draw(["a", "b", "c"], num_images_per_prompt=2, num_inference_steps=1)
     assert [len(images) for images in nested] == [2, 2, 2]
 
 
-def test_the_image_text_to_text_task_reads_pictures(folder):
+def test_the_image_text_to_text_task_reads_images(folder):
     read = pipeline("image-text-to-text", model=str(folder))
-    answer = read(images=picture(), text="<image>question answer", max_new_tokens=4, return_full_text=False)
+    answer = read(images=an_image(), text="<image>question answer", max_new_tokens=4, return_full_text=False)
     assert isinstance(answer[0]["generated_text"], str)
 
 
 def test_the_any_to_any_task_reads_and_draws(folder, highres, monkeypatch):
-    # It asks for torchvision wherever a model takes pictures, which this package reads without.
+    # It asks for torchvision wherever a model takes images, which this package reads without.
     monkeypatch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *args: None)
     task = pipeline("any-to-any", model=str(folder))
-    answer = task(images=picture(), text="<image>question answer", max_new_tokens=4)
+    answer = task(images=an_image(), text="<image>question answer", max_new_tokens=4)
     assert isinstance(answer[0]["generated_text"], str)
     task.model.set_pixel_decoder(highres)
     drawn = task(text="a red apple", generation_mode="image")

@@ -248,6 +248,53 @@ def tiny_scheduler(prediction_type: str = "epsilon"):
     )
 
 
+# denoising steps of `tiny_pipeline()`
+STEPS = 3
+
+
+def tiny_pipeline(variant: str = "highres", **components):
+    """A `LavitPipeline` of the parts above, 16x16 pixels; keyword arguments replace them, or are its own."""
+    from modeling_lavit import LavitPipeline
+
+    lowres = {"variant": "lowres", "prompt_embed_dims": (24,)} if variant == "lowres" else {}
+    pipe = LavitPipeline(
+        **{
+            "processor": tiny_processor(),
+            "model": tiny_model(),
+            "detokenizer": tiny_detokenizer(**lowres),
+            "unet": tiny_unet(variant),
+            "vae": tiny_vae(),
+            "scheduler": tiny_scheduler(),
+            "default_num_inference_steps": STEPS,
+            **components,
+        }
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents_of(pipe, *args, **kwargs) -> torch.Tensor:
+    return pipe(*args, output_type="latent", **kwargs).images
+
+
+def codes(*lengths: int):
+    """Visual tokens of images of so many codes, the same ones every time."""
+    from modeling_lavit import LavitVisualTokens
+
+    lengths = torch.tensor(lengths)
+    values = torch.randint(CODEBOOK_SIZE, (int(lengths.sum()),), generator=seeded(5))
+    return LavitVisualTokens(codes=values, lengths=lengths)
+
+
+def an_image(colour: str = "red", size: int = 20):
+    """A PIL image of a colour, with a blue rectangle."""
+    from PIL import Image
+
+    image = Image.new("RGB", (size, size), colour)
+    image.paste("blue", (2, 3, 9, 12))
+    return image
+
+
 THREE = {"min_image_tokens": 3, "max_image_tokens": 3}
 PROMPTS = [[1, 20, 30, 40, 50, 60, BOI], [1, 33, BOI], [1, 70, 80, 90, BOI]]
 

@@ -1,8 +1,11 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
+from .calls_lavit import __doc__ as _
+from .checks_lavit import __doc__ as _
 from .compat_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
 from .decoding_lavit import __doc__ as _
+from .defaults_lavit import __doc__ as _
 from .denoising_lavit import __doc__ as _
 from .drafts_lavit import __doc__ as _
 from .filling_lavit import __doc__ as _
@@ -19,10 +22,13 @@ from .modeling_lavit_visual_tokenizer import __doc__ as _
 from .outputs_lavit import __doc__ as _
 from .pipeline_lavit import __doc__ as _
 from .pipeline_text_to_image import __doc__ as _
+from .pixels_lavit import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
+from .scoring_lavit import __doc__ as _
 from .slots_lavit import __doc__ as _
 from .small_decoder_lavit import __doc__ as _
+from .tokens_lavit import __doc__ as _
 from .vocabulary_lavit import __doc__ as _
 from .modeling_lavit import LavitForConditionalGeneration
 from .modeling_lavit import LavitModel

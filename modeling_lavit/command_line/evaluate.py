@@ -69,6 +69,35 @@ def build_parser() -> Parser:
     kind.add_argument("--protocol", choices=PROTOCOLS, default="official", help="(default: official)")
     kind.add_argument("--lemmatize", action="store_true", help="nouns and verbs of both sides to base forms, by spaCy")
 
+    kind = add("drawings", drawings, "drawings of a suite's prompts: FID, CLIP score", 8, "prompts")
+    kind.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="captions of COCO, GenEval's metadata, DPG-Bench's folder, or a file of T2I-CompBench",
+    )
+    kind.add_argument("--images", type=Path, metavar="DIR", help="folder of real images, for FID")
+    kind.add_argument("--predictions", type=Path, metavar="DIR", help="folder of drawings to score, no model's")
+    kind.add_argument("--inception", metavar="FILE", help="torch-fidelity's weights, or package.module:Class, for FID")
+    kind.add_argument("--clip", metavar="PATH_OR_REPO", help="the CLIP that scores")
+    kind.add_argument("--rerank", metavar="PATH_OR_REPO", help="a CLIP that chooses the best of --candidates")
+    kind.add_argument("--candidates", type=positive_number, default=1, metavar="N", help="for each image (default: 1)")
+    kind.add_argument("--n", type=positive_number, metavar="N", help="images a prompt (default: the suite's)")
+    kind.add_argument("--pixel-decoder", metavar="NAME", help="such as lowres, which the paper's FID is of")
+    kind.add_argument("--guidance-scale", type=float, metavar="S", help="of the language model")
+    kind.add_argument("--top-k", type=positive_number, metavar="K", help="of the language model")
+    kind.add_argument("--temperature", type=float, metavar="T", help="of the language model")
+    kind.add_argument("--steps", type=positive_number, metavar="N", help="of denoising")
+    kind.add_argument("--decoder-guidance-scale", type=float, metavar="S", help="of the pixel decoder")
+
+    kind = add("tokens", tokens, "the visual tokens of a folder's images", 32, "images")
+    kind.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images")
+    kind.add_argument(
+        "--shares", type=float, nargs="+", default=[], metavar="R", help="of the patches to keep, for a curve"
+    )
+    kind.add_argument("--reconstruct", action="store_true", help="draw from the tokens: PSNR and SSIM")
+
     kinds.add_parser("emoji", help="the embedded checkpoint's own report", add_help=False)
     return parser
 
@@ -160,6 +189,57 @@ def answers(options: argparse.Namespace) -> None:
         limit=options.limit,
         seed=options.seed,
         run_model=model_runner(options, "reading.AnswerReader", "question", protocol=options.protocol),
+    )
+    _print(options.output, results)
+
+
+def drawings(options: argparse.Namespace) -> None:
+    """`lavit evaluate drawings`"""
+    check_model_options(options)
+    if (options.rerank is None) != (options.candidates == 1):
+        raise ValueError("--rerank chooses among --candidates: give both, at least 2 candidates")
+    from modeling_lavit.evaluation.drawings import IMAGES, evaluate_drawings
+
+    names = ("candidates", "rerank", "pixel_decoder", "guidance_scale", "top_k", "temperature")
+    worker_options = {name: getattr(options, name) for name in (*names, "decoder_guidance_scale")}
+    worker_options |= {"num_inference_steps": options.steps, "folder": str(options.output / IMAGES)}
+    results = evaluate_drawings(
+        options.prompts,
+        options.output,
+        images=options.images,
+        predictions=options.predictions,
+        inception=options.inception,
+        clip=options.clip,
+        rerank=options.rerank,
+        n=options.n,
+        limit=options.limit,
+        seed=options.seed,
+        device=options.device,
+        run_model=model_runner(options, "drawings.DrawingWorker", "prompt", **worker_options, seed=options.seed),
+    )
+    _print(options.output, results)
+
+
+def tokens(options: argparse.Namespace) -> None:
+    """`lavit evaluate tokens`"""
+    if wrong := [share for share in options.shares if not 0 < share <= 1]:
+        raise ValueError(f"--shares are above 0 and at most 1, got {wrong[0]}")
+    from modeling_lavit.evaluation.tokens import evaluate_tokens
+
+    results = evaluate_tokens(
+        options.images,
+        options.output,
+        model_source(options),
+        limit=options.limit,
+        seed=options.seed,
+        run_model=model_runner(
+            options,
+            "tokens.TokenWorker",
+            "image",
+            shares=options.shares,
+            reconstruct=options.reconstruct,
+            seed=options.seed,
+        ),
     )
     _print(options.output, results)
 

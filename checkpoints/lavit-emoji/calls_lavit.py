@@ -1,0 +1,1 @@
+../../modeling_lavit/calls_lavit.py

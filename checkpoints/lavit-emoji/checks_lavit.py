@@ -1,0 +1,1 @@
+../../modeling_lavit/checks_lavit.py

@@ -1,0 +1,1 @@
+../../modeling_lavit/defaults_lavit.py

@@ -1,0 +1,1 @@
+../../../modeling_lavit/compat_lavit.py

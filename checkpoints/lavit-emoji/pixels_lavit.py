@@ -1,0 +1,1 @@
+../../modeling_lavit/pixels_lavit.py

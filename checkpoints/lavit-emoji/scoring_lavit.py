@@ -1,0 +1,1 @@
+../../modeling_lavit/scoring_lavit.py

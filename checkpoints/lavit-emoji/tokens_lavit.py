@@ -1,0 +1,1 @@
+../../modeling_lavit/tokens_lavit.py
