@@ -98,8 +98,8 @@ def _different_keys(one: dict, other: dict, prefix: str = "") -> list[str]:
     keys = []
     for key in {**one, **other}:
         values = one.get(key), other.get(key)
-        if all(isinstance(value, dict) for value in values):
-            keys += _different_keys(*values, f"{prefix}{key}.")
+        if values[0] != values[1] and all(isinstance(value, dict | None) for value in values):
+            keys += _different_keys(values[0] or {}, values[1] or {}, f"{prefix}{key}.")
         elif values[0] != values[1]:
             keys.append(f"{prefix}{key}")
     return keys

@@ -1,4 +1,4 @@
-"""`python fsdp_on_processors.py STAGE recipe.yaml …`: a training run with accelerate's FSDP on processors.
+"""`python fsdp_on_cpus.py RECIPE …`: a training run with accelerate's FSDP on CPUs.
 
 torch shards there too, but accelerate takes FSDP for accelerators alone: it is told that this is one.
 """

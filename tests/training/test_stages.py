@@ -174,9 +174,7 @@ def test_texts_cannot_write_visual_ids():
 def test_codes_of_another_tokenizer_are_refused():
     sequences = Sequences(tiny_processor(), tiny_config().vocabulary, prompt_dropout=0.0)
     assert sequences.codes(torch.tensor([0, 23])) == [TEXT_VOCAB_SIZE + 2, TEXT_VOCAB_SIZE + 25]
-    with pytest.raises(
-        ValueError, match="of another tokenizer than the model.s: codes go from 0 to 23"
-    ):
+    with pytest.raises(ValueError, match="of another tokenizer than the model.s: codes go from 0 to 23"):
         sequences.codes(torch.tensor([3, 24]))
 
 

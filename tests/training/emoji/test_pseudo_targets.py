@@ -1,27 +1,35 @@
-"""What a model draws for itself to learn from: with the embedded checkpoint on a few pictures."""
+"""What a model draws for itself to learn from: with the embedded checkpoint on a few images."""
 
 import copy
 import json
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from parts import EMOJI
 
 from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
-from modeling_lavit.training.data import PictureDataset
-from modeling_lavit.training.imagined import imagine, missing_pairs, read_codes
-from modeling_lavit.training.run import load_recipe
-from modeling_lavit.training.samples import PictureSamples
-from modeling_lavit.training.train_language_model import build, imagine_for, tokenize_all
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.training.data.samples import Sequences
+from modeling_lavit.training.emoji.images import NamedImages
+from modeling_lavit.training.emoji.pseudo_targets import draw_pseudo_targets, missing_pairs, read_codes
+from modeling_lavit.training.emoji.recipe import EmojiLanguageModelRecipe, NamedMixture, PseudoTargets
+from modeling_lavit.training.emoji.samples import NamedSamples, tokenize_all
+from modeling_lavit.training.emoji.train import RECIPES
+from modeling_lavit.training.emoji.train_language_model import EmojiLanguageModelStage
+from modeling_lavit.training.recipe_file import load_recipe
 
 
-ROOT = Path(__file__).parents[1]
-EMOJI = Path(__file__).parent / "fixtures" / "emoji"
-CHECKPOINT = ROOT / "checkpoints" / "lavit-emoji"
 NAMES = ("cat face", "sunflower")
+
+
+def only(**tasks: float) -> NamedMixture:
+    return NamedMixture(**dict.fromkeys(NamedMixture.model_fields, 0.0) | tasks)
+
+
+def sequences(embedded, prompt_dropout: float = 0.0) -> Sequences:
+    return Sequences(embedded[1], embedded[0].config.vocabulary, prompt_dropout)
 
 
 @pytest.fixture(scope="module")
@@ -38,126 +46,112 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(folder) -> PictureDataset:
-    return PictureDataset(str(folder), 48)
+def images(folder) -> NamedImages:
+    return NamedImages(str(folder), 48)
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    model = LavitForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    return model, LavitProcessor.from_pretrained(CHECKPOINT)
+    model = LavitForConditionalGeneration.from_pretrained(LAVIT_EMOJI, dtype=torch.float32).eval()
+    return model, LavitProcessor.from_pretrained(LAVIT_EMOJI)
 
 
 @pytest.fixture(scope="module")
-def codes(embedded, pictures) -> list[list[torch.Tensor]]:
-    return tokenize_all(embedded[0].model.visual_tokenizer, pictures, {"number": 0}, seed=0)
+def codes(embedded, images) -> list[list[torch.Tensor]]:
+    return tokenize_all(embedded[0].model.visual_tokenizer, images)
 
 
-@pytest.fixture(scope="module", params=["picture", "name"])
-def how(request) -> dict:
-    return {"number": 4, "source": request.param, "guidance_scale": 3.0}
+@pytest.fixture(scope="module", params=["image", "name"])
+def how(request) -> PseudoTargets:
+    return PseudoTargets(number=4, source=request.param, guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")
-def imagined(embedded, pictures, codes, how):
-    return imagine(*embedded, pictures, codes, seed=0, **how)
+def targets(embedded, images, codes, how):
+    return draw_pseudo_targets(*embedded, images, codes, how, seed=0)
 
 
-def test_missing_pairs_are_those_without_a_picture(pictures):
+def test_missing_pairs_are_those_without_an_image(images):
     there = {
-        (pictures.names[n], pictures.styles[s])
-        for n, s in zip(pictures.name.tolist(), pictures.style.tolist(), strict=True)
+        (images.names[n], images.styles[s]) for n, s in zip(images.name.tolist(), images.style.tolist(), strict=True)
     }
-    missing = {(pictures.names[name], pictures.styles[style]) for name, style in missing_pairs(pictures)}
+    missing = {(images.names[name], images.styles[style]) for name, style in missing_pairs(images)}
     assert missing
     assert not missing & there
-    assert len(missing) + len(there) == len(pictures.names) * len(pictures.styles)
+    assert len(missing) + len(there) == len(images.names) * len(images.styles)
 
 
-def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, pictures, codes, how, imagined):
+def test_what_is_kept_is_recognised_and_the_seed_decides_it(embedded, images, codes, how, targets):
     model, processor = embedded
-    assert imagined
-    assert {(picture.name, picture.style) for picture in imagined} <= set(missing_pairs(pictures))
-    for picture in imagined:
-        assert read_codes(model, processor, [picture.codes]) == [pictures.names[picture.name]]
-    again = imagine(model, processor, pictures, codes, seed=0, batch_size=2, **how)
-    assert [p.codes.tolist() for p in again] == [p.codes.tolist() for p in imagined]
-    others = imagine(model, processor, pictures, codes, seed=1, **how)
-    if how["source"] == "picture":  # what is drawn from a name it knows by heart
-        assert [p.codes.tolist() for p in others] != [p.codes.tolist() for p in imagined]
+    assert targets
+    assert {(target.name, target.style) for target in targets} <= set(missing_pairs(images))
+    for target in targets:
+        assert read_codes(model, processor, [target.codes]) == [images.names[target.name]]
+    again = draw_pseudo_targets(model, processor, images, codes, how, seed=0, batch_size=2)
+    assert [target.codes.tolist() for target in again] == [target.codes.tolist() for target in targets]
+    others = draw_pseudo_targets(model, processor, images, codes, how, seed=1)
+    if how.source == "image":  # what is drawn from a name it knows by heart
+        assert [target.codes.tolist() for target in others] != [target.codes.tolist() for target in targets]
 
 
-def test_those_whose_style_is_read_otherwise_are_left_out(embedded, pictures, codes, how, imagined):
-    strict = imagine(*embedded, pictures, codes, seed=0, check_style=True, **how)
-    answers = read_codes(*embedded, [picture.codes for picture in imagined], "which style is this?")
-    expected = [p for p, answer in zip(imagined, answers, strict=True) if answer == pictures.styles[p.style]]
+def test_those_whose_style_is_read_otherwise_are_left_out(embedded, images, codes, how, targets):
+    checked = how.model_copy(update={"check_style": True})
+    strict = draw_pseudo_targets(*embedded, images, codes, checked, seed=0)
+    answers = read_codes(*embedded, [target.codes for target in targets], "which style is this?")
+    expected = [t for t, answer in zip(targets, answers, strict=True) if answer == images.styles[t.style]]
     assert expected
-    assert [p.codes.tolist() for p in strict] == [p.codes.tolist() for p in expected]
-    others = copy.copy(pictures)
-    others.styles = [f"engraved {style}" for style in pictures.styles]  # which it cannot answer
-    assert imagine(*embedded, others, codes, seed=0, **how)
-    assert not imagine(*embedded, others, codes, seed=0, check_style=True, **how)
+    assert [target.codes.tolist() for target in strict] == [target.codes.tolist() for target in expected]
+    others = copy.copy(images)
+    others.styles = [f"engraved {style}" for style in images.styles]  # which it cannot answer
+    assert draw_pseudo_targets(*embedded, others, codes, how, seed=0)
+    assert not draw_pseudo_targets(*embedded, others, codes, checked, seed=0)
 
 
 @pytest.mark.parametrize(("task", "asked"), [("code_caption", False), ("code_style_question", True)])
-def test_codes_are_read_as_pictures_are(embedded, pictures, codes, task, asked):
-    processor = embedded[1]
-    samples = PictureSamples(pictures, codes, processor, {task: 1.0}, 0.1)
+def test_codes_are_read_as_images_are(embedded, images, codes, task, asked):
+    processor, vocabulary = embedded[1], embedded[0].config.vocabulary
+    samples = NamedSamples(images, codes, sequences(embedded, 0.1), only(**{task: 1.0}))
     for position in range(len(samples)):
         item = samples[position]
         start = next(i for i, label in enumerate(item["labels"]) if label >= 0)
-        visual = [i - processor.visual_offset for i in item["ids"] if i >= processor.visual_offset]
+        visual = [vocabulary.codes_of(i) for i in item["ids"] if vocabulary.is_code(i)]
         assert visual == codes[position][0].tolist()
         end = processor.tokenizer.eos_token_id
-        index = samples.pictures.order[position]
-        answer = pictures.styles[pictures.style[index]] if asked else pictures.names[pictures.name[index]]
+        index = samples.images.order[position]
+        answer = images.styles[images.style[index]] if asked else images.names[images.name[index]]
         assert item["ids"][start:] == item["labels"][start:] == [*samples.sequences.text(answer), end]
-        question = processor.tokenizer.decode(item["ids"][item["ids"].index(processor.eoi_token_id) + 1 : start])
+        question = processor.tokenizer.decode(item["ids"][item["ids"].index(vocabulary.eoi_token_id) + 1 : start])
         assert ("style" in question) == asked
 
 
 @pytest.mark.parametrize("task", ["draw", "restyle"])
-def test_imagined_pictures_are_targets_of_their_share(embedded, pictures, imagined, task):
-    processor = embedded[1]
-    codes = [[torch.tensor([7, 8, 9])] for _ in pictures.pictures]
-    targets = {tuple((picture.codes + processor.visual_offset).tolist()): picture for picture in imagined}
+def test_pseudo_targets_are_targets_of_their_share(embedded, images, targets, task):
+    processor, vocabulary = embedded[1], embedded[0].config.vocabulary
+    codes = [[torch.tensor([7, 8, 9])] for _ in images.images]
+    known = {tuple(vocabulary.ids_of(target.codes).tolist()): target for target in targets}
     seen = 0
     for epoch in range(20):
-        samples = PictureSamples(pictures, codes, processor, {task: 1.0}, 0.0, 0, imagined, 0.5)
+        samples = NamedSamples(images, codes, sequences(embedded), only(**{task: 1.0}), 0, targets, 0.5)
         samples.set_epoch(epoch)
         for position in range(len(samples)):
             item = samples[position]
-            learnt = tuple(i for i in item["labels"] if i >= processor.visual_offset)
+            learnt = tuple(i for i in item["labels"] if vocabulary.is_code(i))
             read = processor.tokenizer.decode([i for i in item["ids"][: item["ids"].index(learnt[0])] if i < 1000])
-            if learnt in targets:
+            if learnt in known:
                 seen += 1
-                assert pictures.styles[targets[learnt].style] in read or task == "draw"
+                assert images.styles[known[learnt].style] in read or task == "draw"
                 # its source in another style stands before it
-                assert (processor.boi_token_id in item["ids"][:1]) == (task == "restyle")
-    assert 0.3 < seen / (20 * len(pictures)) < 0.7
+                assert (vocabulary.boi_token_id in item["ids"][:1]) == (task == "restyle")
+    assert 0.3 < seen / (20 * len(images)) < 0.7
 
 
-def test_a_stage_that_imagines_needs_a_start(folder):
-    recipe = load_recipe(
-        str(ROOT / "training" / "recipes" / "language_model.yaml"),
-        [
-            f"data.folder={folder}",
-            f"start={CHECKPOINT}",
-            "tokenizer=null",
-            "guided.number=0",
-            "imagined.number=4",
-        ],
-    )
-    dataset = build(recipe)[1]
-    assert dataset.imagined
-    assert random.Random(0).choice(dataset.imagined).codes.dtype == torch.long
-    processor = dataset.sequences.processor
-    recipe["start"] = None
-    with pytest.raises(ValueError, match="imagined.model"):
-        imagine_for(recipe, None, processor, dataset.pictures, dataset.codes, 0)
-    recipe["imagined"]["model"] = str(CHECKPOINT)
-    with pytest.raises(ValueError, match="other codes"):
-        imagine_for(recipe, tiny_model(), processor, dataset.pictures, dataset.codes, 0)
-    recipe["start"], recipe["imagined"] = str(CHECKPOINT), recipe["imagined"] | {"model": None, "source": "style"}
-    with pytest.raises(ValueError, match="imagined.source"):
-        imagine_for(recipe, tiny_model(), processor, dataset.pictures, dataset.codes, 0)
+def test_a_stage_that_draws_its_targets_needs_a_start(folder):
+    overrides = [f"data.path={folder}", "data.validation=null", "tokenizer=null", "mixup.number=0"]
+    overrides += ["pseudo_targets={number: 4, share: 0.3}"]
+    recipe = load_recipe(RECIPES / "language_model.yaml", [*overrides, "start=lavit-emoji"], EmojiLanguageModelRecipe)
+    stage = EmojiLanguageModelStage()
+    parts = stage.build(recipe)
+    assert parts.dataset.pseudo_targets and parts.dataset.pseudo_share == 0.3
+    processor, model = parts.dataset.sequences.processor, parts.model.model
+    with pytest.raises(ValueError, match="pseudo_targets.number needs a start"):
+        stage.samples(recipe.model_copy(update={"start": None}), parts.dataset.images, None, model, processor)

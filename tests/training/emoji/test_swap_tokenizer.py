@@ -1,48 +1,48 @@
-"""Going on with another tokenizer: the embedded checkpoint, and tokenizers that differ from its own in known ways."""
+"""Another tokenizer under what was trained: tokenizers that differ from the embedded one in known ways."""
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from parts import EMOJI
 from tiny import tiny_model
 
 from modeling_lavit import LavitDetokenizer, LavitForConditionalGeneration, LavitProcessor, LavitVisualTokenizer
-from modeling_lavit.training.data import PictureDataset, normalize_pictures
-from modeling_lavit.training.imagined import read_codes
-from modeling_lavit.training.transplant import main, transplant_detokenizer, transplant_language_model
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.training.data.augmentation import normalize_images
+from modeling_lavit.training.emoji.images import NamedImages
+from modeling_lavit.training.emoji.pseudo_targets import read_codes
+from modeling_lavit.training.emoji.swap_tokenizer import main, swap_in_detokenizer, swap_in_language_model
 
 
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "lavit-emoji"
-EMOJI = str(Path(__file__).parent / "fixtures" / "emoji")
 ORDER = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def pictures() -> PictureDataset:
-    return PictureDataset(EMOJI, 48)
+def images() -> NamedImages:
+    return NamedImages(str(EMOJI), 48)
 
 
 @pytest.fixture(scope="module")
-def pixels(pictures) -> torch.Tensor:
-    return normalize_pictures(pictures.pictures[:12].float() / 255)
+def pixels(images) -> torch.Tensor:
+    return normalize_images(images.images[:12].float() / 255)
 
 
 @pytest.fixture
 def model() -> LavitForConditionalGeneration:
-    return LavitForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    return LavitForConditionalGeneration.from_pretrained(LAVIT_EMOJI, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> LavitVisualTokenizer:
-    model = LavitForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    model = LavitForConditionalGeneration.from_pretrained(LAVIT_EMOJI, dtype=torch.float32)
     return model.model.visual_tokenizer.eval()
 
 
 @pytest.fixture(scope="module")
 def detokenizer() -> LavitDetokenizer:
-    return LavitDetokenizer.from_pretrained(CHECKPOINT / "detokenizer", dtype=torch.float32).eval()
+    return LavitDetokenizer.from_pretrained(LAVIT_EMOJI / "detokenizer", dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -55,16 +55,16 @@ def shuffled(part):
 
 
 @torch.no_grad()
-def test_codes_in_another_order_are_found(model, tokenizer, pictures, pixels):
+def test_codes_in_another_order_are_found(model, tokenizer, images, pixels):
     other = shuffled(tokenizer)
     old = [table.weight.clone() for table in (model.get_input_embeddings(), model.lm_head)]
     model.model.understanding.merger.load_state_dict(tokenizer.merger.state_dict())  # what is read can be the same
     features = model.get_image_features(pixels).pooler_output
-    processor = LavitProcessor.from_pretrained(CHECKPOINT)
+    processor = LavitProcessor.from_pretrained(LAVIT_EMOJI)
     captions = read_codes(model, processor, list(model.get_image_tokens(pixels).split()))
     assert model.draft_codes is not None
 
-    transplant_language_model(model, other, pictures)
+    swap_in_language_model(model, other, images)
 
     new_codes = model.get_image_tokens(pixels)
     assert torch.equal(ORDER[new_codes.codes], tokenizer.tokenize(pixels).codes)
@@ -79,7 +79,7 @@ def test_codes_in_another_order_are_found(model, tokenizer, pictures, pixels):
 
 
 @torch.no_grad()
-def test_the_readout_gives_what_the_unet_knows(tokenizer, detokenizer, pictures, pixels):
+def test_the_readout_gives_what_the_unet_knows(tokenizer, detokenizer, images, pixels):
     other = shuffled(detokenizer)
     mix = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(1)))[0]
     other.fc2.weight.copy_(2 * mix @ other.fc2.weight)
@@ -88,19 +88,19 @@ def test_the_readout_gives_what_the_unet_knows(tokenizer, detokenizer, pictures,
     wanted = detokenizer(tokens.codes, tokens.lengths).prompt_embeds
     assert (other(others.codes, others.lengths).prompt_embeds - wanted).abs().mean() > 0.1
 
-    transplant_detokenizer((tokenizer, detokenizer), (shuffled(tokenizer), other), pictures)
+    swap_in_detokenizer((tokenizer, detokenizer), (shuffled(tokenizer), other), images)
 
     torch.testing.assert_close(other(others.codes, others.lengths).prompt_embeds, wanted, rtol=1e-2, atol=1e-2)
 
 
-def test_sizes_must_fit(pictures, tokenizer):
+def test_sizes_must_fit(images, tokenizer):
     with pytest.raises(ValueError, match="other sizes than that of the language model"):
-        transplant_language_model(tiny_model(), tokenizer, pictures)
+        swap_in_language_model(tiny_model(), tokenizer, images)
 
 
-def test_language_model_and_pixel_decoder_must_know_the_same_codes(pictures, tokenizer, detokenizer):
+def test_language_model_and_pixel_decoder_must_know_the_same_codes(images, tokenizer, detokenizer):
     with pytest.raises(ValueError, match="different codebooks"):
-        transplant_detokenizer((tokenizer, shuffled(detokenizer)), (tokenizer, detokenizer), pictures)
+        swap_in_detokenizer((tokenizer, shuffled(detokenizer)), (tokenizer, detokenizer), images)
 
 
 def test_results_are_starts_of_both_stages(tmp_path, tokenizer, detokenizer, capsys):
@@ -108,7 +108,7 @@ def test_results_are_starts_of_both_stages(tmp_path, tokenizer, detokenizer, cap
     detokenizer.save_pretrained(tmp_path / "new" / "detokenizer")
     folders = {"--tokenizer": tmp_path / "new", "--data": EMOJI, "--output": tmp_path / "out"}
     arguments = [str(part) for pair in folders.items() for part in pair]
-    main([*arguments, "--language-model", str(CHECKPOINT), "--pixel-decoder", str(CHECKPOINT)])
+    main([*arguments, "--language-model", str(LAVIT_EMOJI), "--pixel-decoder", str(LAVIT_EMOJI)])
     assert "of 4096" in capsys.readouterr().out
     model = LavitForConditionalGeneration.from_pretrained(tmp_path / "out" / "language_model", dtype=torch.float32)
     LavitProcessor.from_pretrained(tmp_path / "out" / "language_model")

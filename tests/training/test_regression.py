@@ -1,16 +1,10 @@
-"""The regression head draws what it regresses; what the ablations refuse. Their run is in test_training.py."""
+"""The paper's other objective: the regression head draws what it regresses."""
 
-from pathlib import Path
-
-import pytest
 import torch
 
 from modeling_lavit import LavitProcessor
-from modeling_lavit.training import ablations
+from modeling_lavit.checkpoints import LAVIT_EMOJI
 from modeling_lavit.training.regression import RegressionHead, draw_by_regression
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_regression_head_points_at_vectors_and_comes_back_from_a_file(tmp_path):
@@ -27,7 +21,7 @@ def test_the_regression_head_points_at_vectors_and_comes_back_from_a_file(tmp_pa
 @torch.no_grad()
 def test_drawing_by_regression_takes_the_nearest_code_of_the_guided_vector(model):
     """Step by step without a cache, it is the same picture."""
-    processor = LavitProcessor.from_pretrained(ROOT / "checkpoints" / "lavit-emoji")
+    processor = LavitProcessor.from_pretrained(LAVIT_EMOJI)
     vocabulary = model.config.vocabulary
 
     class Tokenizer:  # the tiny model has a vocabulary of its own
@@ -47,10 +41,3 @@ def test_drawing_by_regression_takes_the_nearest_code_of_the_guided_vector(model
             guided = other + 2.0 * (one - other)
             assert int(model.model.visual_tokenizer.quantizer.nearest(guided)) == code
             streams = [[*ids, vocabulary.visual_offset + code] for ids in streams]
-
-
-def test_a_readme_without_the_marks_is_refused_before_anything_is_trained(tmp_path):
-    (tmp_path / "README.md").write_text("no marks")
-    with pytest.raises(ValueError, match="has no lines"):
-        ablations.main(["--readme", str(tmp_path / "README.md"), "--runs", str(tmp_path / "runs")])
-    assert not (tmp_path / "runs").exists()
