@@ -8,11 +8,14 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test bench pictures style
+.PHONY: help demo test test-versions test-extras test-peers bench pictures style
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
 	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
+	@echo "make test-versions  the main job with the oldest and the newest libraries, each installed in a folder of its own"
+	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
+	@echo "make test-peers     the common testers of transformers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
 	@echo "make pictures  set up, then draw those of training/pictures; DATA=folder for other pictures, MODEL=folder"
 	@echo "make style   set up, then check the style"
@@ -31,6 +34,32 @@ test: export TOKENIZERS_PARALLELISM := false
 test: TESTS := tests
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+
+# torch as in constraints.txt; what is tested is a plain install, not the checkout
+VERSIONS := oldest newest
+RESULTS := $(CURDIR)/.venv-oldest/results.json
+test-versions test-extras test-peers: export OMP_NUM_THREADS := 1
+test-versions test-extras test-peers: export TOKENIZERS_PARALLELISM := false
+test-versions: $(VERSIONS:%=.venv-%/.installed)
+	@rm -f $(RESULTS)
+	@set -e; for versions in $(VERSIONS); do \
+	    rm -rf build; \
+	    .venv-$$versions/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .; \
+	    .venv-$$versions/bin/python -m pip list 2>/dev/null \
+	        | grep -E '^(accelerate|diffusers|huggingface_hub|torch|transformers) '; \
+	    HF_HUB_OFFLINE=1 LAVIT_RESULTS=$(RESULTS) .venv-$$versions/bin/pytest -q tests/versions; \
+	done
+
+.venv-%/.installed: tests/versions/%.txt setup.py $(INSTALLED)
+	@set -e; rm -rf .venv-$*; $(BIN)/python -m venv .venv-$*; \
+	echo "installing the $* versions into .venv-$*"; \
+	install=".venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c tests/versions/$*.txt"; \
+	$$install torch; \
+	$$install . pytest pytest-timeout; \
+	touch $@
+
+test-extras: $(INSTALLED)
+	$(BIN)/python tests/versions/extras.py .venv-extras
 
 bench: export HF_HUB_OFFLINE := 1
 bench: export TRANSFORMERS_VERBOSITY := error

@@ -71,21 +71,20 @@ class DrawingWorker:
         self.options = {name: value for name, value in options.items() if value is not None}
 
     def __call__(self, items: list[dict]) -> list[dict]:
-        places = [(item, k) for item in items for k in range(item["images"])]
-        prompts = [item["text"] for item, _ in places for _ in range(self.candidates)]
-        seeds = [seed_of(self.seed, item["key"], k, c) for item, k in places for c in range(self.candidates)]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        drawn = self.pipe(prompts, generator=generators, **self.options).images
-        chosen = [0] * len(places)
-        if self.reranker is not None:
-            scores = torch.cat(
-                [
-                    self.reranker(drawn[i : i + CLIP_BATCH], prompts[i : i + CLIP_BATCH])
-                    for i in range(0, len(drawn), CLIP_BATCH)
-                ]
-            )
-            chosen = scores.view(-1, self.candidates).argmax(1).tolist()
-        images = [drawn[i * self.candidates + best] for i, best in enumerate(chosen)]
+        texts = [item["text"] for item in items for _ in range(item["images"])]
+        seeds = [
+            seed_of(self.seed, item["key"], k, candidate)
+            for item in items
+            for k in range(item["images"])
+            for candidate in range(self.candidates)
+        ]
+        images = self.pipe(
+            texts,
+            num_candidates=self.candidates,
+            reranker=self.reranker,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **self.options,
+        ).images
         rows, start = [], 0
         for item in items:
             own = images[start : start + item["images"]]
@@ -93,10 +92,7 @@ class DrawingWorker:
                 own = [grid(own, 2)]
             for image, name in zip(own, item["files"], strict=True):
                 save_png(image, self.folder / name)
-            row = {"prompt": item["text"], "files": item["files"]}
-            if self.reranker is not None:
-                row["chosen"] = chosen[start : start + item["images"]]
-            rows.append(row)
+            rows.append({"prompt": item["text"], "files": item["files"]})
             start += item["images"]
         return rows
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from .output import OutputFolder, pending_batches, run_batches
 
 
+UNPINNED = ("folder", "texts")  # where a worker writes; texts whose hash is among the settings
+
+
 def checkpoint_hash(source: str) -> str:
     """What decides a checkpoint's output: a hash of the folder's configurations and weights, or a Hub commit."""
     folder = Path(source)
@@ -46,7 +49,7 @@ def run_model(
         device: of the model, or None.
         batch_size: samples at once; always the same ones together.
         ray_workers: run as a Ray Data job of so many workers.
-        options: of the worker; all but `folder`, where it writes, are among the settings.
+        options: of the worker; all but those of `UNPINNED` are among the settings.
 
     Returns:
         all rows in the order of their items; None in every process but the main one.
@@ -60,7 +63,7 @@ def run_model(
     folder = OutputFolder(output, state.process_index, state.num_processes)
     if state.is_main_process:
         settings = settings | {"model": model, "checkpoint": checkpoint_hash(model), "batch_size": batch_size}
-        folder.pin_settings(settings | {name: value for name, value in options.items() if name != "folder"})
+        folder.pin_settings(settings | {name: value for name, value in options.items() if name not in UNPINNED})
     state.wait_for_everyone()
     if ray_workers is not None:
         from .ray_run import run_with_ray

@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig
 
-from modeling_lavit.command_line.common import load_pipeline, load_reader, model_source
-from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
+from modeling_lavit.command_line.common import load_detokenizer, load_pipeline, load_reader
+from modeling_lavit.keeping_lavit import decoded_cosine
 
 from .files import read_json
 from .images import to_tensor
@@ -45,9 +44,7 @@ class TokenWorker:
             self.model, self.processor, self.detokenizer = self.pipe.model, self.pipe.processor, self.pipe.detokenizer
         else:
             self.model, self.processor = load_reader(options)
-            self.detokenizer = LavitDetokenizer.from_pretrained(
-                model_source(options), subfolder="detokenizer", dtype=self.model.dtype
-            ).to(self.model.device)
+            self.detokenizer = load_detokenizer(options, self.model)
         self.tokenizer = self.model.model.visual_tokenizer
 
     @torch.no_grad()
@@ -65,11 +62,11 @@ class TokenWorker:
         features = self.tokenizer.encode_patches(prepared)
         tokens = self.tokenizer.tokenize(prepared)
         rows = [{"codes": codes.tolist()} for codes in tokens.split()]
-        for row, cosine in zip(rows, self.cosines(features, tokens), strict=True):
+        for row, cosine in zip(rows, self.cosines(features, tokens.keep_mask), strict=True):
             row["cosine"] = cosine
         for share in self.shares:
-            kept = self.tokenizer.tokenize(prepared, keep_ratio=share)
-            for row, length, cosine in zip(rows, kept.lengths.tolist(), self.cosines(features, kept), strict=True):
+            kept, _ = self.tokenizer.select(features, keep=share)
+            for row, length, cosine in zip(rows, kept.sum(1).tolist(), self.cosines(features, kept), strict=True):
                 row.setdefault("curve", []).append([length, cosine])
         if self.pipe is not None:
             generators = [torch.Generator().manual_seed((self.seed + item["number"]) % 2**63) for item in items]
@@ -78,10 +75,8 @@ class TokenWorker:
                 row |= compare_pixels(image, other)
         return rows
 
-    def cosines(self, features: torch.Tensor, tokens) -> list[float]:
-        """Mean cosine over patches between the encoder's features (B, N, C) and those decoded from the tokens."""
-        decoded = self.detokenizer.decode(*self.detokenizer.pad(tokens.codes, tokens.lengths))
-        return F.cosine_similarity(features.float(), decoded.float(), dim=-1).mean(1).tolist()
+    def cosines(self, features: torch.Tensor, keep_mask: torch.BoolTensor) -> list[float]:
+        return decoded_cosine(self.tokenizer, features, keep_mask, self.detokenizer).tolist()
 
 
 def compare_pixels(image: Image.Image, drawn: Image.Image) -> dict[str, float]:

@@ -21,11 +21,12 @@ from .configuration_lavit import (  # noqa: E402
 from .hub_lavit import load_without_flag, register_classes  # noqa: E402
 from .modeling_lavit import LavitForConditionalGeneration, LavitModel  # noqa: E402
 from .modeling_lavit_detokenizer import LavitDetokenizer  # noqa: E402
-from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer, LavitVisualTokens  # noqa: E402
+from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer  # noqa: E402
 from .pipeline_lavit import LavitPipeline  # noqa: E402
 from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
 from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
 from .small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel  # noqa: E402
+from .visual_tokens_lavit import LavitVisualTokens  # noqa: E402
 from .vocabulary_lavit import LavitVocabulary  # noqa: E402
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .modeling_lavit_visual_tokenizer import LavitVisualTokens
+from .visual_tokens_lavit import LavitVisualTokens
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from .logits_lavit import image_state
 from .vocabulary_lavit import LavitVocabulary
 
 
+# whether torch's global generators are lent to a stock decoding method in this context
+_GLOBAL_ARE_LENT = ContextVar("global generators are lent", default=False)
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -43,8 +46,10 @@ def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
             )
         return list(generator)
     if generator is None:
+        # an assistant draws while its model does: from what that was given
+        seed = int(torch.randint(2**63 - 1, (1,), device="cpu")) if _GLOBAL_ARE_LENT.get() else None
         generator = torch.Generator()
-        generator.seed()
+        generator.seed() if seed is None else generator.manual_seed(seed)
     if rows == 1:
         return [generator]
     seeds = torch.randint(2**63 - 1, (rows,), generator=generator, device=generator.device).tolist()
@@ -365,4 +370,8 @@ class LavitDraw:
             torch.default_generator.manual_seed(seed)
             if on_accelerator:
                 torch.get_device_module(device).manual_seed(seed)
-            yield
+            lent = _GLOBAL_ARE_LENT.set(True)
+            try:
+                yield
+            finally:
+                _GLOBAL_ARE_LENT.reset(lent)

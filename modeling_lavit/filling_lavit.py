@@ -279,7 +279,7 @@ class LavitFilledPrompt:
         if self.has_streams and grows_freely(cache):
             rows = len(cache.layers[0].keys) // 2
             cache.batch_select_indices(torch.arange(rows, device=self.input_ids.device))
-        cache.lavit_positions = self.positions
+        cache.lavit_positions = None if self.is_as_given else self.positions
 
 
 class _ProcessorInCallersIds(LogitsProcessor):

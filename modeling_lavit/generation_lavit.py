@@ -14,45 +14,18 @@ from .compat_lavit import CACHE_NAME, pop_cache
 from .decoding_lavit import Generators, LavitDecodingLoop, LavitDraw
 from .drafts_lavit import LavitDraftMixin
 from .filling_lavit import LavitFilledPrompt, LavitPrompt, begin_images, fill_prompt
+from .generation_settings_lavit import (
+    IMAGE_SETTINGS,
+    PIPELINE_SETTINGS,
+    LavitGenerationSettingsMixin,
+    guidance_of_rows,
+)
 from .logits_lavit import LavitGrammarLogitsProcessor, LavitRangeLogitsProcessor, image_state
 from .outputs_lavit import LavitTokenOutputMixin
 from .slots_lavit import pad, unpad
 
 
-GENERATION_MODES = ("text", "image", "interleaved")
-
-# A model overrides or adds entries with `model.generation_config.generation_presets = {"image": {...}, ...}`.
-GENERATION_PRESETS: dict[str, dict[str, Any]] = {
-    "caption": {"do_sample": False, "num_beams": 2, "min_new_tokens": 8, "max_new_tokens": 36, "length_penalty": 1.0},
-    "answer": {
-        "do_sample": False,
-        "num_beams": 5,
-        "min_new_tokens": 2,
-        "max_new_tokens": 10,
-        "length_penalty": 0.0,
-        "early_stopping": True,
-    },
-    "image": {
-        "do_sample": True,
-        "num_beams": 1,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "guidance_scale": None,
-        "min_image_tokens": 20,
-        "max_image_tokens": 200,
-        "draft_length": 8,
-    },
-}
-# what a preset may hold for LavitPipeline alone
-IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "draft_length")
-# of a preset, for LavitPipeline alone
-PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
-
-
-class LavitGenerationMixin(LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
+class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
     """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
 
     @torch.no_grad()
@@ -180,65 +153,9 @@ class LavitGenerationMixin(LavitTokenOutputMixin, LavitDraftMixin, GenerationMix
             prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
         )
 
-    def _check_mode(self, mode: str, image_settings: dict[str, Any], reference_compat: bool, kwargs: dict) -> None:
-        if mode not in GENERATION_MODES:
-            raise ValueError(f"generation_mode must be one of {GENERATION_MODES}, got {mode!r}")
-        if mode == "text" and any(value is not None for value in image_settings.values()):
-            raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
-        if mode == "interleaved" and reference_compat:
-            raise ValueError("the reference has no interleaved mode to be compatible with")
-        if mode == "image" and kwargs.get("max_length") is not None:
-            raise ValueError("in image mode max_image_tokens limits the length, not max_length")
-
-    def _preset(self, name: str | None) -> dict[str, Any]:
-        if name is None:
-            return {}
-        of_model = getattr(self.generation_config, "generation_presets", None) or {}
-        if name not in GENERATION_PRESETS and name not in of_model:
-            names = sorted(GENERATION_PRESETS.keys() | of_model.keys())
-            raise ValueError(f"generation_preset must be one of {names}, got {name!r}")
-        return GENERATION_PRESETS.get(name, {}) | of_model.get(name, {})
-
-    def _image_limits(
-        self, least: int | None, most: int | None, defaults: dict[str, Any], reference_compat: bool = False
-    ) -> tuple[int, int]:
-        if reference_compat:
-            limits = ((least, "min_image_tokens"), (most, "max_image_tokens"))
-            return tuple(defaults[name] if given is None else given for given, name in limits)
-        if least is not None and most is not None and least > most:
-            raise ValueError(f"min_image_tokens {least} is above max_image_tokens {most}")
-        if (least is not None and least < 0) or (most is not None and most < 1):
-            raise ValueError(f"image token limits must be positive, got min {least} and max {most}")
-        # a default gives way to the limit that was asked for
-        most_wanted = most if most is not None else max(defaults["max_image_tokens"], least or 0)
-        least_wanted = least if least is not None else min(defaults["min_image_tokens"], most_wanted)
-        num_patches = self.config.visual_config.num_patches
-        return min(least_wanted, num_patches), min(most_wanted, num_patches)
-
-    def _check_context(self, prompt_length: int, new_tokens: int) -> None:
-        context = self.config.text_config.max_position_embeddings
-        if prompt_length + new_tokens > context:
-            raise ValueError(
-                f"the longest prompt takes {prompt_length} positions, images included, and {new_tokens} more are to "
-                f"be written, but the context of the language model is {context}: shorten the prompt or write fewer"
-            )
-
-    def _pad_token_id(self, config: GenerationConfig) -> int:
-        eos = self._chosen(config, "eos_token_id")
-        candidates = (self._chosen(config, "pad_token_id"), eos[0] if isinstance(eos, list) else eos, 0)
-        return next(candidate for candidate in candidates if candidate is not None)
-
-    def _chosen(self, config: GenerationConfig, name: str) -> Any:
-        """A setting as `GenerationMixin.generate` will see it: the call's, or else the model's."""
-        own = getattr(config, name)
-        return own if own is not None else getattr(self.generation_config, name)
-
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
-
-    def _beams(self, config: GenerationConfig) -> int:
-        return self._chosen(config, "num_beams") or 1
 
     def _generate_text(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
@@ -351,7 +268,7 @@ class LavitGenerationMixin(LavitTokenOutputMixin, LavitDraftMixin, GenerationMix
         filled = fill_prompt(self, prompt, config.pad_token_id, discrete=True, brackets=not drawn.reference_compat)
         prompts = len(filled.caller_ids)
         repeats = self._chosen(config, "num_return_sequences") or 1
-        scales = _guidance_of_rows(guidance_scale, prompts, repeats)
+        scales = guidance_of_rows(guidance_scale, prompts, repeats)
         negative_ids = call.pop("negative_prompt_ids", None)
         negative_mask = call.pop("negative_prompt_attention_mask", None)
         if negative_ids is not None and not (scales is not None and image_mode and beams == 1):
@@ -496,20 +413,3 @@ class LavitGenerationMixin(LavitTokenOutputMixin, LavitDraftMixin, GenerationMix
         if hasattr(generation_config, "allowed_ids"):
             processors.insert(0, LavitRangeLogitsProcessor(generation_config.allowed_ids))
         return processors
-
-
-def _guidance_of_rows(
-    scale: float | Sequence[float] | torch.Tensor, prompts: int, repeats: int
-) -> torch.Tensor | None:
-    """A scale for every row, 1 where there is none; None where no row has one."""
-    scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
-    if not bool((scales.isfinite() & (scales >= 0)).all()):
-        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale}")
-    if len(scales) == 1:
-        scales = scales.expand(prompts * repeats)
-    elif len(scales) == prompts:
-        scales = scales.repeat_interleave(repeats)
-    elif len(scales) != prompts * repeats:
-        raise ValueError(f"{len(scales)} guidance scales were given for {prompts} prompts of {repeats} rows each")
-    scales = scales.masked_fill(scales == 0, 1.0)
-    return scales if bool((scales != 1).any()) else None

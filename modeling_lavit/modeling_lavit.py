@@ -13,14 +13,14 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .compat_lavit import CACHE_NAME, cache_kwargs
 from .configuration_lavit import LavitConfig
 from .generation_lavit import LavitGenerationMixin
 from .layers_lavit import take_rows
 from .loading_lavit import StrictLoadingMixin
-from .modeling_lavit_visual_tokenizer import LavitTokenMerger, LavitVisualTokenizer, LavitVisualTokens
+from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from .scoring_lavit import LavitScoringMixin
 from .slots_lavit import (
     LavitPositions,
@@ -33,6 +33,8 @@ from .slots_lavit import (
     positions_of,
     unpad,
 )
+from .understanding_lavit import LavitImageFeatures, LavitUnderstanding
+from .visual_tokens_lavit import LavitVisualTokens
 
 
 IGNORED_LABEL = -100
@@ -63,50 +65,6 @@ class LavitInputs:
     speaks: torch.LongTensor
 
 
-@dataclass
-class LavitImageFeatures(ModelOutput):
-    """What [`LavitModel.get_image_features`] returns.
-
-    Args:
-        last_hidden_state: (images, N, C), the encoder's features of all patches.
-        pooler_output: what the language model reads of each image, (n, E) each.
-        hidden_states, attentions: of the encoder, where they were asked for.
-        lengths: (images,), n of each.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    lengths: torch.LongTensor | None = None
-
-
-class LavitUnderstanding(nn.Module):
-    """Images as the language model reads them: merged continuous features, projected to its width (no quantization).
-
-    Has its own merger, because stage 2 trains one for reading, unless `config.share_understanding_merger`.
-    """
-
-    def __init__(self, config: LavitConfig):
-        super().__init__()
-        self.merger = None if config.share_understanding_merger else LavitTokenMerger(config.visual_config)
-        self.projection = nn.Linear(config.visual_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(
-        self, visual_tokenizer: LavitVisualTokenizer, pixel_values: torch.Tensor, **options
-    ) -> LavitImageFeatures:
-        """(B, 3, H, W) normalised pixels. `options`: see `LavitVisualTokenizer.encode`."""
-        encoded = visual_tokenizer.encode(pixel_values, merger=self.merger, **options)
-        projected = self.projection(encoded.features.to(self.projection.weight.dtype))
-        return LavitImageFeatures(
-            last_hidden_state=encoded.last_hidden_state,
-            pooler_output=projected.split(encoded.lengths.tolist()),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            lengths=encoded.lengths,
-        )
-
-
 def of_vision(attn_implementation: str | None) -> str | None:
     """An attention implementation for the visual tokenizer, where another is asked of the language model."""
     return attn_implementation if attn_implementation in (None, "eager", "sdpa") else "sdpa"
@@ -117,7 +75,8 @@ class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["Blip2EncoderLayer", "LavitLayer", "LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -165,6 +124,7 @@ class LavitModel(LavitPreTrainedModel):
             self.visual_tokenizer = LavitVisualTokenizer._from_config(
                 config.visual_config, attn_implementation=visual_attention
             )
+            self.visual_tokenizer.requires_grad_(False)
             self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -176,11 +136,12 @@ class LavitModel(LavitPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> "LavitModel":
-        """As every module's, but the visual tokenizer stays in eval mode: it is frozen here, and the running
-        statistics of its batch norms with it. Its own stage trains it as a model of its own."""
+        """As every module's, but the visual tokenizer is frozen here, and in eval mode with the running statistics of
+        its batch norms: its own stage trains it as a model of its own."""
         super().train(mode)
         if self.visual_tokenizer is not None:
-            self.visual_tokenizer.eval()
+            # loading makes new parameters, and ends with eval()
+            self.visual_tokenizer.eval().requires_grad_(False)
         return self
 
     @can_return_tuple

@@ -3,148 +3,19 @@
 Legend: B images, N patches, C width, K codes in the codebook, D their dimension, n kept patches of one image.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import Blip2VisionConfig, Blip2VisionModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .configuration_lavit import SELECTIONS, LavitVisualTokenizerConfig
+from .encoder_lavit import build_encoder
+from .keeping_lavit import keep_best, keep_for_quality
 from .layers_lavit import LavitLayer, mixed_precision, take_rows
 from .loading_lavit import StrictLoadingMixin
-
-
-@dataclass
-class LavitVisualTokens(ModelOutput):
-    """Discrete visual tokens of a batch of images.
-
-    Args:
-        codes: (sum of lengths,) int64, the images' codes one after the other, `0 … K-1`.
-        lengths: (B,) int64, number of codes of each image.
-        keep_mask: (B, N) bool, which patches were kept; None for codes that a language model wrote.
-        keep_logprobs: (B, N) float32, log-probability of keeping each patch; None likewise.
-        hidden_states, attentions: of the encoder's layers, where they were asked for.
-    """
-
-    codes: torch.LongTensor | None = None
-    lengths: torch.LongTensor | None = None
-    keep_mask: torch.BoolTensor | None = None
-    keep_logprobs: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-    def split(self) -> tuple[torch.LongTensor, ...]:
-        """The codes of each image, a 1-D tensor each."""
-        return self.codes.split(self.lengths.tolist())
-
-    @classmethod
-    def join(cls, rows: Sequence[torch.LongTensor]) -> "LavitVisualTokens":
-        """The opposite of [`split`]: from the codes of each image.
-
-        Raises:
-            ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.
-        """
-        rows = [torch.as_tensor(row) for row in rows]
-        if not rows or any(row.ndim != 1 or row.is_floating_point() or not len(row) for row in rows):
-            raise ValueError(
-                "visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes, one at least, for each "
-                "image"
-            )
-        rows = [row.long() for row in rows]
-        return cls(codes=torch.cat(rows), lengths=torch.tensor([len(row) for row in rows]))
-
-
-@dataclass
-class LavitVisualFeatures(ModelOutput):
-    """Continuous merged features of a batch of images, what the language model reads.
-
-    Args:
-        features: (sum of lengths, C).
-        lengths, keep_mask, keep_logprobs: as in [`LavitVisualTokens`].
-        last_hidden_state: (B, N, C), the encoder's features of all patches.
-        hidden_states, attentions: of the encoder's layers, where they were asked for.
-    """
-
-    features: torch.FloatTensor | None = None
-    lengths: torch.LongTensor | None = None
-    keep_mask: torch.BoolTensor | None = None
-    keep_logprobs: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-    def split(self) -> tuple[torch.FloatTensor, ...]:
-        """The features of each image, (n, C) each."""
-        return self.features.split(self.lengths.tolist())
-
-
-class LavitResidualBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm beside a 1x1 one: (B, in, H, W) to (B, out, H / stride, W / stride)."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(),
-            nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(channels_out),
-        )
-        self.shortcut = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
-        )
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.body(hidden) + self.shortcut(hidden))
-
-
-class LavitConvolutionalStem(nn.Module):
-    """Overlapping convolutions (B, 3, S, S) to (B, C, S / p, S / p) in the place of the linear patch embedding
-    (arXiv 2106.14881): one residual block of stride 2 for every halving, one of stride 1, a projection."""
-
-    def __init__(self, config: LavitVisualTokenizerConfig):
-        super().__init__()
-        halvings = config.patch_size.bit_length() - 1
-        widths = [3, *(config.hidden_size >> (halvings - i) for i in range(halvings + 1))]
-        strides = [2] * halvings + [1]
-        self.blocks = nn.Sequential(
-            *(LavitResidualBlock(widths[i], widths[i + 1], strides[i]) for i in range(halvings + 1))
-        )
-        self.projection = nn.Conv2d(config.hidden_size, config.hidden_size, 1)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """What `Blip2VisionModel` asks for the dtype of."""
-        return self.projection.weight
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.projection(self.blocks(pixel_values))
-
-
-def build_encoder(config: LavitVisualTokenizerConfig) -> Blip2VisionModel:
-    """EVA ViT-g, which is BLIP-2's vision model, with the config's stem; LaVIT reads it before the post norm."""
-    encoder = Blip2VisionModel(
-        Blip2VisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            layer_norm_eps=config.layer_norm_eps,
-            qkv_bias=True,
-            hidden_act="gelu",
-            initializer_range=config.initializer_range,
-            attn_implementation=config._attn_implementation,
-        )
-    )
-    if config.stem == "convolutional":
-        encoder.embeddings.patch_embedding = LavitConvolutionalStem(config)
-    return encoder
+from .visual_tokens_lavit import LavitVisualFeatures, LavitVisualTokens
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -354,16 +225,24 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
         keep_ratio: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         gumbel_noise: torch.Tensor | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
+        detokenizer: PreTrainedModel | None = None,
     ) -> tuple[torch.BoolTensor, torch.Tensor]:
         """Decides which patches are kept; at least one of every image.
 
         Args:
             features: (B, N, C) of the encoder.
             selection: `"sample"`, `"argmax"` or `"all"`; the config's when None.
-            keep_ratio: share of the patches to keep, the most probable ones, whatever `selection` says.
+            keep_ratio: `keep` as a share.
             generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
                 gets the noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
+            keep: the most probable patches, whatever `selection` says: a share (float), a number (int), or
+                `"threshold=0.7"`, a probability; see [`keep_best`].
+            target_quality: so few of the most probable patches that their tokens are decoded to features of this
+                cosine with the encoder's; see [`keep_for_quality`].
+            detokenizer: that decodes them.
 
         Returns:
             keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
@@ -375,12 +254,12 @@ class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
             raise ValueError(f"selection must be one of {SELECTIONS}, got {selection!r}")
         log_probs = self.selector(features)
         batch, patches, _ = log_probs.shape
-        if keep_ratio is not None:
-            if not 0 < keep_ratio <= 1:
-                raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
-            scores = log_probs[..., 0] - log_probs[..., 1]
-            best = scores.topk(max(1, round(keep_ratio * patches)), dim=1).indices
-            return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True), log_probs
+        if sum(dial is not None for dial in (keep_ratio, keep, target_quality)) > 1:
+            raise ValueError("give one of keep_ratio, keep and target_quality")
+        if target_quality is not None:
+            return keep_for_quality(self, features, log_probs, target_quality, detokenizer), log_probs
+        if keep_ratio is not None or keep is not None:
+            return keep_best(log_probs, keep if keep_ratio is None else float(keep_ratio)), log_probs
         if selection == "all":
             return torch.ones(batch, patches, dtype=torch.bool, device=log_probs.device), log_probs
         scores = log_probs

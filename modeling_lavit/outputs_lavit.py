@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .modeling_lavit_visual_tokenizer import LavitVisualTokens
+from .visual_tokens_lavit import LavitVisualTokens
 
 
 class LavitTokenOutputMixin:

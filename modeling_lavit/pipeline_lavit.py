@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .calls_lavit import LavitCallsMixin, RunningCalls
+from .candidates_lavit import Reranker, check_candidates, keep_best_candidates
 from .checks_lavit import (
     as_generators,
     as_visual_tokens,
@@ -31,10 +32,10 @@ from .defaults_lavit import LavitDefaults, read_defaults, store_defaults
 from .denoising_lavit import DecodingUNet, LavitDenoiser
 from .hub_lavit import LavitSavingMixin
 from .modeling_lavit_detokenizer import LavitDetokenizer
-from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 from .pixels_lavit import LavitPixelsMixin
 from .prompts_lavit import Part, Prompt, as_batch
 from .tokens_lavit import LavitTokensMixin, tokenize_images
+from .visual_tokens_lavit import LavitVisualTokens
 
 
 LOADING_OPTIONS = (
@@ -289,6 +290,8 @@ class LavitPipeline(
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] = (0, 0),
         target_size: tuple[int, int] | None = None,
+        num_candidates: int = 1,
+        reranker: Reranker | None = None,
         **token_kwargs,
     ) -> LavitPipelineOutput | tuple:
         """Draws.
@@ -311,6 +314,9 @@ class LavitPipeline(
             callback_on_step_end: `callback(pipe, step, timestep, tensors)` -> dict, after every denoising step; `pipe`
                 is the `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it),
                 which has this pipeline's components too.
+            num_candidates, reranker: so many drawings for each image, of which the one is kept to which
+                `reranker(images, texts)` gives the highest score, such as `evaluation.clip_score.ClipScorer`. There is
+                a generator for each drawing.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
 
@@ -337,6 +343,8 @@ class LavitPipeline(
             callback_on_step_end_tensor_inputs,
             token_kwargs,
         )
+        check_candidates(num_candidates, reranker, prompt, output_type)
+        num_images_per_prompt *= num_candidates
         if visual_tokens is not None:
             visual_tokens = as_visual_tokens(visual_tokens)
             num_images = len(visual_tokens.lengths) * num_images_per_prompt
@@ -387,6 +395,10 @@ class LavitPipeline(
                 images, flags = self.run_safety_checker(self.decode_latents(latents))
                 images = self.image_processor.postprocess(images.float(), output_type=output_type)
             self.maybe_free_model_hooks()
+        if reranker is not None:
+            images, visual_tokens, flags = keep_best_candidates(
+                reranker, num_candidates, prompt, images, visual_tokens, flags
+            )
         if not return_dict:
             return images, visual_tokens, flags
         return LavitPipelineOutput(images=images, visual_tokens=visual_tokens, nsfw_content_detected=flags)
@@ -397,6 +409,8 @@ class LavitPipeline(
         image: Part | list[Part],
         selection: str | None = None,
         keep_ratio: float | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
         reference_compat: bool = False,
         **decode_kwargs,
     ) -> LavitPipelineOutput | tuple:
@@ -404,12 +418,21 @@ class LavitPipeline(
 
         Args:
             image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio: which patches are kept, see [`LavitVisualTokenizer.tokenize`].
+            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
+                see [`LavitVisualTokenizer.select`].
             reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
             decode_kwargs: of a call with `visual_tokens`.
         """
         prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
         pixel_values = prepared.pixel_values.to(self._execution_device)
         with self._calls.begin(one_at_a_time=self._takes_turns):
-            visual_tokens = tokenize_images(self.model, pixel_values, selection=selection, keep_ratio=keep_ratio)
+            visual_tokens = tokenize_images(
+                self.model,
+                pixel_values,
+                selection=selection,
+                keep_ratio=keep_ratio,
+                keep=keep,
+                target_quality=target_quality,
+                detokenizer=self.detokenizer,
+            )
             return self(visual_tokens=visual_tokens, **decode_kwargs)

@@ -4,7 +4,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
-from .modeling_lavit_visual_tokenizer import LavitVisualTokens
+from .visual_tokens_lavit import LavitVisualTokens
 
 
 class LavitPixelsMixin:

@@ -24,18 +24,21 @@ class LavitPositions:
     own: torch.LongTensor
     mask: torch.LongTensor
 
-    def extended(self, length: int) -> "LavitPositions":
-        """With the ids that were written behind, one position each, up to `length` positions.
+    def resized(self, length: int) -> "LavitPositions":
+        """With the ids that were written behind, one position each, up to `length` positions; or without those that
+        were cut off again.
 
         Raises:
-            ValueError: the cache was cut within the prompts that are described here.
+            ValueError: the cache was cut within an image, or not between the same ids in all rows.
         """
-        written = length - self.mask.shape[1]
-        if written < 0:
-            raise ValueError(
-                f"the cache was cut to {length} positions, within a prompt with images that takes "
-                f"{self.mask.shape[1]}: cut it behind the prompt, or start anew"
-            )
+        if length < self.mask.shape[1]:
+            kept = (self.own < length).sum(1)
+            last = self.own.gather(1, (kept - 1).clamp_min(0).unsqueeze(1))
+            if not bool((kept == kept[0]).all() and (last == length - 1).all()):
+                raise ValueError(
+                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start anew"
+                )
+            return LavitPositions(self.own[:, : int(kept[0])], self.mask[:, :length])
         further = torch.arange(self.mask.shape[1], length, device=self.own.device).expand(len(self.own), -1)
         return LavitPositions(
             torch.cat([self.own, further], dim=1), torch.cat([self.mask, torch.ones_like(further)], dim=1)
@@ -53,7 +56,7 @@ def positions_of(cache) -> LavitPositions | None:
     if positions is None:
         return None
     rows = next(len(layer.keys) for layer in cache.layers if getattr(layer, "keys", None) is not None)
-    return positions.extended(cache.get_seq_length()).repeated(rows)
+    return positions.resized(cache.get_seq_length()).repeated(rows)
 
 
 def locate(

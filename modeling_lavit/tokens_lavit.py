@@ -8,8 +8,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks_lavit import as_generators, check_count, check_names, check_scale
 from .denoising_lavit import TokenObserver
-from .modeling_lavit_visual_tokenizer import LavitVisualTokens
 from .prompts_lavit import Part, Prompt, as_batch, as_negative_texts
+from .visual_tokens_lavit import LavitVisualTokens
 
 
 class LavitTokensMixin:

@@ -7,6 +7,7 @@ import torch
 from tiny import BOI, CODE, EOI, left_padded, right_padded, seeded, tiny_images, tiny_model
 from transformers import DynamicCache, LogitsProcessor
 
+from modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.compat_lavit import CACHE_NAME
 
 
@@ -122,8 +123,27 @@ def test_ids_that_do_not_fit_a_cache_are_an_error(model):
     with pytest.raises(ValueError, match="1 rows, but there are 2 prompts"):
         model.generate(first.sequences.repeat(2, 1), past_key_values=first.past_key_values)
     first.past_key_values.crop(-6)
-    with pytest.raises(ValueError, match="the cache was cut"):
+    with pytest.raises(ValueError, match="the cache was cut to .* positions, within an image"):
         model.generate(first.sequences, past_key_values=first.past_key_values)
+
+
+def test_a_turn_is_taken_back_by_cutting_the_cache(model):
+    pixels, ids = tiny_images(1), torch.tensor([[1, BOI, EOI, 30, 31]])
+    first = whole(model, ids, pixel_values=pixels)
+    first.past_key_values.crop(-5)  # the four new ids, and 31
+    other = torch.tensor([[1, BOI, EOI, 30, 40, 41]])
+    expected = whole(model, other, pixel_values=pixels, output_scores=True)
+    assert_same(continued(model, other, first.past_key_values, output_scores=True), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}])
+def test_a_smaller_lavit_assists(model, settings):
+    ids = torch.tensor([[1, 20, 30, 20, 30, 20]])
+    out = model.generate(ids, assistant_model=tiny_model(1), max_new_tokens=8, generator=seeded(0), **settings)
+    again = model.generate(ids, assistant_model=tiny_model(1), max_new_tokens=8, generator=seeded(0), **settings)
+    assert torch.equal(out, again) and (out < BOI).all()
+    if not settings:
+        assert torch.equal(out, model.generate(ids, max_new_tokens=8))
 
 
 def test_max_length_counts_the_callers_ids(model):
@@ -284,6 +304,15 @@ def test_the_visual_tokenizer_stays_in_eval_mode_whatever_train_says():
         assert model.training and model.model.language_model.training
         assert not any(module.training for module in model.model.visual_tokenizer.modules())
     assert all(module.training for module in model.model.visual_tokenizer.train().modules())
+
+
+def test_no_weight_of_the_visual_tokenizer_is_trained_with_the_language_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for model in (tiny_model(), LavitForConditionalGeneration.from_pretrained(tmp_path)):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert not any(name.startswith("model.visual_tokenizer.") for name in trained)
+        assert {"model.understanding.projection.weight", "lm_head.weight"} <= trained
+        assert any(name.startswith("model.understanding.merger.") for name in trained)
 
 
 def test_compiling_the_language_model_alone_compiles_decoding(model):

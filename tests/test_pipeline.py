@@ -544,3 +544,35 @@ def test_the_any_to_any_task_reads_and_draws(folder, highres, monkeypatch):
     task.model.set_pixel_decoder(highres)
     drawn = task(text="a red apple", generation_mode="image")
     assert isinstance(drawn[0]["generated_image"], Image.Image)
+
+
+def test_of_several_candidates_the_reranker_keeps_one_with_its_visual_tokens(pipe):
+    seen = []
+
+    def darkest(images, texts):
+        seen.extend(texts)
+        return [-float(np.asarray(image).mean()) for image in images]
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    drawn = pipe(["a cat", "a dog"], num_images_per_prompt=3, generator=generators)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    best = pipe(["a cat", "a dog"], num_candidates=3, reranker=darkest, generator=generators)
+    means = np.array([np.asarray(image).mean() for image in drawn.images]).reshape(2, 3)
+    kept = [int(row.argmin()) + 3 * i for i, row in enumerate(means)]
+    assert seen == ["a cat"] * 3 + ["a dog"] * 3 and len(best.images) == 2
+    for i, (image, own_codes) in enumerate(zip(best.images, best.visual_tokens.split(), strict=True)):
+        assert np.array_equal(np.asarray(image), np.asarray(drawn.images[kept[i]]))
+        assert torch.equal(own_codes, drawn.visual_tokens.split()[kept[i]])
+
+
+def test_candidates_need_a_reranker_and_the_other_way_round(pipe):
+    def nothing(images, texts):
+        return [0.0]
+
+    for arguments in ({"num_candidates": 2}, {"reranker": nothing}):
+        with pytest.raises(ValueError, match="a reranker chooses among candidates"):
+            pipe("a cat", **arguments)
+    with pytest.raises(ValueError, match="give a prompt"):
+        pipe("a cat", num_candidates=2, reranker=nothing, output_type="latent")
+    with pytest.raises(ValueError, match=r"scores of shape \(1,\) for 2 images"):
+        pipe("a cat", num_candidates=2, reranker=nothing)

@@ -1,6 +1,7 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
 from .calls_lavit import __doc__ as _
+from .candidates_lavit import __doc__ as _
 from .checks_lavit import __doc__ as _
 from .compat_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
@@ -8,10 +9,13 @@ from .decoding_lavit import __doc__ as _
 from .defaults_lavit import __doc__ as _
 from .denoising_lavit import __doc__ as _
 from .drafts_lavit import __doc__ as _
+from .encoder_lavit import __doc__ as _
 from .filling_lavit import __doc__ as _
 from .generation_lavit import __doc__ as _
+from .generation_settings_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
+from .keeping_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
 from .loading_lavit import __doc__ as _
 from .logits_lavit import __doc__ as _
@@ -29,6 +33,8 @@ from .scoring_lavit import __doc__ as _
 from .slots_lavit import __doc__ as _
 from .small_decoder_lavit import __doc__ as _
 from .tokens_lavit import __doc__ as _
+from .understanding_lavit import __doc__ as _
+from .visual_tokens_lavit import __doc__ as _
 from .vocabulary_lavit import __doc__ as _
 from .modeling_lavit import LavitForConditionalGeneration
 from .modeling_lavit import LavitModel

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
-from modeling_lavit.modeling_lavit_visual_tokenizer import LavitResidualBlock
+from modeling_lavit.encoder_lavit import LavitResidualBlock
 
 
 class Classifier(nn.Module):

@@ -28,13 +28,46 @@ def add_decoding_options(command: Parser):
     )
 
 
-def add_keep_ratio(command: Parser):
+def add_keep_ratio(command):
     command.add_argument(
         "--keep-ratio",
         type=float,
         metavar="R",
         help="keep this share of the patches, the best ones (default: as many as the checkpoint's selector keeps)",
     )
+
+
+def add_keep_dial(command: Parser):
+    """`--keep-ratio`, `--keep` and `--target-quality`, one of which may be given."""
+    dials = command.add_mutually_exclusive_group()
+    add_keep_ratio(dials)
+    dials.add_argument(
+        "--keep",
+        type=keep_number,
+        metavar="K",
+        help="keep the best patches: a share (0.3), a number (40), or threshold=0.7, a probability",
+    )
+    dials.add_argument(
+        "--target-quality",
+        type=float,
+        metavar="Q",
+        help="keep as few of the best patches as are decoded to features of this cosine with the image's own",
+    )
+
+
+def keep_number(value: str) -> float | int | str:
+    """A number of patches, a share of them, or a threshold as it is written."""
+    if value.startswith("threshold="):
+        return value
+    try:
+        return int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no share, number or threshold=0.7") from None
+
+
+def keep_options(options: argparse.Namespace) -> dict:
+    """Those of [`add_keep_dial`] for `tokenize` and `reconstruct`."""
+    return {name: getattr(options, name) for name in ("keep_ratio", "keep", "target_quality")}
 
 
 def one_line(text: str) -> str:
@@ -129,6 +162,16 @@ def load_reader(options: argparse.Namespace) -> tuple:
     with loading(source):
         model = LavitForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device).eval()
     return model, LavitProcessor.from_pretrained(source)
+
+
+def load_detokenizer(options: argparse.Namespace, model):
+    """What decodes the checkpoint's visual tokens, beside its model."""
+    from modeling_lavit import LavitDetokenizer
+
+    source = model_source(options)
+    with loading(source):
+        detokenizer = LavitDetokenizer.from_pretrained(source, subfolder="detokenizer", dtype=model.dtype)
+    return detokenizer.to(model.device).eval()
 
 
 def load_pipeline(options: argparse.Namespace):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from .common import (
     add_decoding_options,
-    add_keep_ratio,
+    add_keep_dial,
     check_outputs,
     decoding_options,
     generators,
+    keep_options,
     load_pipeline,
     non_empty_text,
     positive_number,
@@ -63,7 +64,7 @@ def add_commands(add) -> None:
     command.add_argument("image", metavar="IMG", help="a picture")
     command.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     command.add_argument("--seed", type=seed_number, default=0, help="of the noise (default: 0)")
-    add_keep_ratio(command)
+    add_keep_dial(command)
     add_decoding_options(command)
 
 
@@ -95,6 +96,6 @@ def reconstruct(options: argparse.Namespace):
     image = read_image(options.image)
     pipe = load_pipeline(options)
     images = pipe.reconstruct(
-        image, keep_ratio=options.keep_ratio, generator=generators(options.seed, 1), **decoding_options(options)
+        image, generator=generators(options.seed, 1), **keep_options(options), **decoding_options(options)
     ).images
     save_images(images, [options.output], options.enlarge)

@@ -98,6 +98,11 @@ def build_parser() -> Parser:
     )
     kind.add_argument("--reconstruct", action="store_true", help="draw from the tokens: PSNR and SSIM")
 
+    kind = add("retrieval", retrieval, "images found by their captions, and captions by their images", 16, "images")
+    kind.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="reference captions")
+    kind.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    kind.add_argument("--split", help="of annotations that have some (default: test)")
+
     kinds.add_parser("emoji", help="the embedded checkpoint's own report", add_help=False)
     return parser
 
@@ -131,7 +136,7 @@ def evaluation_module(name: str):
 def model_runner(options: argparse.Namespace, worker: str, unit: str, **worker_options):
     """`run_model` of the evaluations: loads `module.Class` of the evaluation package and has it work."""
 
-    def run_model(output, settings: dict, items: list[dict]):
+    def run_model(output, settings: dict, items: list[dict], **further):
         from modeling_lavit.evaluation.model_run import run_model
 
         module, name = worker.split(".")
@@ -146,6 +151,7 @@ def model_runner(options: argparse.Namespace, worker: str, unit: str, **worker_o
             options.batch_size,
             options.ray,
             **worker_options,
+            **further,
         )
 
     return run_model
@@ -240,6 +246,22 @@ def tokens(options: argparse.Namespace) -> None:
             reconstruct=options.reconstruct,
             seed=options.seed,
         ),
+    )
+    _print(options.output, results)
+
+
+def retrieval(options: argparse.Namespace) -> None:
+    """`lavit evaluate retrieval`"""
+    from modeling_lavit.evaluation.retrieval import evaluate_retrieval
+
+    results = evaluate_retrieval(
+        options.annotations,
+        options.images,
+        options.output,
+        split=options.split,
+        limit=options.limit,
+        seed=options.seed,
+        run_model=model_runner(options, "retrieval.TextScorer", "image"),
     )
     _print(options.output, results)
 

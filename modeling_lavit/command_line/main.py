@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 
-from . import app, draw, read, serve, tokenize
+from . import app, draw, read, search, serve, tokenize
 from .common import Parser, one_line
 
 
@@ -62,7 +62,7 @@ def build_parser() -> Parser:
         command.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
         return command
 
-    for topic in (draw, read, tokenize, app, serve):
+    for topic in (draw, read, tokenize, app, serve, search):
         topic.add_commands(add)
     for name, (_, help) in DELEGATED.items():
         commands.add_parser(name, help=f"{help} (lavit {name} --help)", add_help=False)

@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 
 from .common import (
-    add_keep_ratio,
+    add_keep_dial,
     check_outputs,
     device_and_dtype,
+    keep_options,
+    load_detokenizer,
     load_reader,
     loading,
     model_source,
@@ -48,7 +50,7 @@ def add_commands(add) -> None:
         help="print how many codes change if the merger computes kept tokens only (the config's kept_only)",
     )
     command.add_argument("--show", type=Path, metavar="FILE", help="write the one picture with dropped patches faded")
-    add_keep_ratio(command)
+    add_keep_dial(command)
     command.add_argument(
         "--dataset",
         metavar="SOURCE",
@@ -95,14 +97,17 @@ def tokenize(options: argparse.Namespace):
     tokenizer = model.model.visual_tokenizer
     if options.compare_kept_only and not tokenizer.config.attention_epsilon:
         raise ValueError("the checkpoint's attention_epsilon is 0: kept tokens alone are exact, nothing can change")
+    dial = keep_options(options)
+    if options.target_quality is not None:
+        dial["detokenizer"] = load_detokenizer(options, model)
     changed = total = 0
     for source, image in zip(options.images, images, strict=True):
         pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values.to(tokenizer.device)
         if options.compare_kept_only:
             tokenizer.config.kept_only = True
-            fast_codes = tokenizer.tokenize(pixel_values, keep_ratio=options.keep_ratio).codes
+            fast_codes = tokenizer.tokenize(pixel_values, **dial).codes
             tokenizer.config.kept_only = False
-        tokens = tokenizer.tokenize(pixel_values, keep_ratio=options.keep_ratio)
+        tokens = tokenizer.tokenize(pixel_values, **dial)
         kept, patches = len(tokens.codes), tokens.keep_mask.shape[1]
         prefix = "" if len(images) == 1 else f"{source}: "
         print(f"{prefix}{kept} of {patches} patches kept ({kept / patches:.0%})")
@@ -121,6 +126,8 @@ def tokenize(options: argparse.Namespace):
 def _tokenize_dataset(options: argparse.Namespace):
     if options.show or options.compare_kept_only:
         raise ValueError("--show and --compare-kept-only go with pictures, not with --dataset")
+    if options.keep is not None or options.target_quality is not None:
+        raise ValueError("--keep and --target-quality go with pictures; --dataset takes --keep-ratio")
     if options.output is None:
         raise ValueError("--dataset needs --output, the folder to write to")
     if options.output.is_file():

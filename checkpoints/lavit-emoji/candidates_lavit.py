@@ -1,0 +1,1 @@
+../../modeling_lavit/candidates_lavit.py

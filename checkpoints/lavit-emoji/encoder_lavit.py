@@ -1,0 +1,1 @@
+../../modeling_lavit/encoder_lavit.py

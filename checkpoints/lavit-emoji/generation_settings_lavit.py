@@ -1,0 +1,1 @@
+../../modeling_lavit/generation_settings_lavit.py

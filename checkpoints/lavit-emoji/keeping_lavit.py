@@ -1,0 +1,1 @@
+../../modeling_lavit/keeping_lavit.py

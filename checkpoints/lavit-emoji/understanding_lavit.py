@@ -1,0 +1,1 @@
+../../modeling_lavit/understanding_lavit.py

@@ -1,0 +1,1 @@
+../../modeling_lavit/visual_tokens_lavit.py

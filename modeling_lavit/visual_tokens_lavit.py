@@ -1,0 +1,71 @@
+"""What the visual tokenizer gives of a batch of images, ragged: B images, N patches, C width, K codes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class LavitVisualTokens(ModelOutput):
+    """Discrete visual tokens of a batch of images.
+
+    Args:
+        codes: (sum of lengths,) int64, the images' codes one after the other, `0 … K-1`.
+        lengths: (B,) int64, number of codes of each image.
+        keep_mask: (B, N) bool, which patches were kept; None for codes that a language model wrote.
+        keep_logprobs: (B, N) float32, log-probability of keeping each patch; None likewise.
+        hidden_states, attentions: of the encoder's layers, where they were asked for.
+    """
+
+    codes: torch.LongTensor | None = None
+    lengths: torch.LongTensor | None = None
+    keep_mask: torch.BoolTensor | None = None
+    keep_logprobs: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+    def split(self) -> tuple[torch.LongTensor, ...]:
+        """The codes of each image, a 1-D tensor each."""
+        return self.codes.split(self.lengths.tolist())
+
+    @classmethod
+    def join(cls, rows: Sequence[torch.LongTensor]) -> "LavitVisualTokens":
+        """The opposite of [`split`]: from the codes of each image.
+
+        Raises:
+            ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.
+        """
+        rows = [torch.as_tensor(row) for row in rows]
+        if not rows or any(row.ndim != 1 or row.is_floating_point() or not len(row) for row in rows):
+            raise ValueError(
+                "visual_tokens must be LavitVisualTokens or a list with a 1-D tensor of codes, one at least, for each "
+                "image"
+            )
+        rows = [row.long() for row in rows]
+        return cls(codes=torch.cat(rows), lengths=torch.tensor([len(row) for row in rows]))
+
+
+@dataclass
+class LavitVisualFeatures(ModelOutput):
+    """Continuous merged features of a batch of images, what the language model reads.
+
+    Args:
+        features: (sum of lengths, C).
+        lengths, keep_mask, keep_logprobs: as in [`LavitVisualTokens`].
+        last_hidden_state: (B, N, C), the encoder's features of all patches.
+        hidden_states, attentions: of the encoder's layers, where they were asked for.
+    """
+
+    features: torch.FloatTensor | None = None
+    lengths: torch.LongTensor | None = None
+    keep_mask: torch.BoolTensor | None = None
+    keep_logprobs: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+    def split(self) -> tuple[torch.FloatTensor, ...]:
+        """The features of each image, (n, C) each."""
+        return self.features.split(self.lengths.tolist())
