@@ -17,7 +17,7 @@ help:
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
 	@echo "make test-peers     the common testers of transformers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
-	@echo "make pictures  set up, then draw those of training/pictures; DATA=folder for other pictures, MODEL=folder"
+	@echo "make pictures  set up, then draw those of training/emoji/images; DATA=folder for other pictures, MODEL=folder"
 	@echo "make style   set up, then check the style"
 
 demo: export OMP_NUM_THREADS ?= 1
@@ -70,13 +70,12 @@ bench: $(INSTALLED)
 
 pictures: export HF_HUB_OFFLINE := 1
 pictures: DATA := data/emoji
-pictures: SHOW = $(BIN)/lavit show $(1) --model $(MODEL) -o training/pictures/$(1).png
+pictures: SHOW = $(BIN)/lavit show $(1) --model $(MODEL) -o training/emoji/images/$(1).png
 pictures: $(INSTALLED)
-	mkdir -p training/pictures
+	mkdir -p training/emoji/images
 	$(call SHOW,codebook) --data $(DATA)
 	$(call SHOW,kept) --data $(DATA)
 	$(call SHOW,reconstructions) --data $(DATA)
-	$(call SHOW,curves) training/logs/h100_tokenizer.jsonl --metrics loss keep_rate decided perplexity
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

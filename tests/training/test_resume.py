@@ -154,9 +154,8 @@ def test_the_last_checkpoint_that_is_whole_is_taken_and_others_are_named(cut, na
     with pytest.raises(ValueError) as error:
         last_whole_checkpoint(cut, model)
     message = str(error.value)
-    assert (
-        message.startswith(f"none of the checkpoints in {cut} is whole (checkpoint-3/{name}") and "\n" not in message
-    )
+    assert message.startswith(f"none of the checkpoints in {cut} is whole (checkpoint-3/{name}")
+    assert "\n" not in message
 
 
 class Stored(torch.nn.Module):
