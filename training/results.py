@@ -108,7 +108,8 @@ def write_whole(
     Args:
         model: with its adapters merged.
         base: a whole checkpoint, of which settings and missing parts of the pixel decoder are taken.
-        pixel_decoder: `detokenizer`, `unet`, `vae`, `scheduler`; of a base its own scheduler stays.
+        pixel_decoder: `detokenizer`, `unet`, `vae`, `scheduler`, and `default_…` settings of [`LavitPipeline`]; a
+            base keeps its own scheduler.
 
     Raises:
         ValueError: the pixel decoder was trained on other codes than the model's.

@@ -111,10 +111,15 @@ class StageTrainer(Trainer):
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
+        """Of every row: a last batch that training leaves out is evaluated too."""
         if isinstance(self.eval_dataset, torch.utils.data.IterableDataset):
             batch_size = self.args.eval_batch_size
             return stream_loader(self.eval_dataset, self.args, batch_size, collate_of(self.eval_dataset))
-        return super().get_eval_dataloader(eval_dataset)
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)

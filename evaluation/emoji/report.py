@@ -31,7 +31,9 @@ class ImageRows:
             "imagefolder", data_files={"train": f"{folder}/**"}, split="train"
         )  # no split by file names
         if missing := [column for column in ("name", "style", "split") if column not in rows.column_names]:
-            raise ValueError(f"{folder} has no column {missing[0]!r} in its metadata.jsonl; it has {rows.column_names}")
+            raise ValueError(
+                f"{folder} has no column {missing[0]!r} in its metadata.jsonl; it has {rows.column_names}"
+            )
         chosen = [i for i, value in enumerate(rows["split"]) if value == split]
         if not chosen:
             raise ValueError(f"{folder} has no image of the split {split!r}")

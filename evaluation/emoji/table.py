@@ -1,4 +1,6 @@
-"""The figures of `lavit evaluate emoji` as Markdown: `python -m modeling_lavit.evaluation.emoji.table figures.json [page]`.
+"""The figures of `lavit evaluate emoji` as Markdown:
+
+`python -m modeling_lavit.evaluation.emoji.table FIGURES [PAGE]`.
 
 With a second file, the table there between `<!-- FIGURES -->` and `<!-- /FIGURES -->` is replaced.
 """

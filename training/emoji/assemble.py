@@ -22,14 +22,6 @@ from modeling_lavit.training.emoji.samples import tokenize_all
 from modeling_lavit.training.results import load_pixel_decoder, write_whole
 
 
-def set_defaults(pipe: LavitPipeline, defaults: dict) -> None:
-    """The pipeline's `default_…` settings, and what the model alone draws by."""
-    pipe.register_to_config(**{f"default_{name}": value for name, value in defaults.items()})
-    presets = pipe.model.generation_config.generation_presets or {}
-    drawing = {name: defaults[name] for name in ("guidance_scale", "top_k", "temperature") if name in defaults}
-    pipe.model.generation_config.generation_presets = presets | {"image": presets.get("image", {}) | drawing}
-
-
 @torch.no_grad()
 def average(language_models: list[Path], shares: list[float], output: Path) -> None:
     """Writes the language model whose weights are the mean of those of several runs (arXiv 2203.05482): what runs on
@@ -108,9 +100,10 @@ def main(arguments: list[str] | None = None) -> None:
             tokenizer = model.model.visual_tokenizer
             codes = tokenize_all(tokenizer, NamedImages(options.draft_images, tokenizer.config.image_size))
             model.set_draft_codes([views[0] for views in codes])
-        write_whole(model, LavitProcessor.from_pretrained(mean), whole, **load_pixel_decoder(options.pixel_decoder))
+        decoder = load_pixel_decoder(options.pixel_decoder)
+        decoder |= {f"default_{name}": value for name, value in defaults.items()}
+        write_whole(model, LavitProcessor.from_pretrained(mean), whole, **decoder)
         pipe = LavitPipeline.from_pretrained(whole, dtype=torch.float16)
-        set_defaults(pipe, defaults)
         if options.scheduler:
             pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
         pipe.save_pretrained(options.output)

@@ -36,8 +36,8 @@ class NamedImages(torch.utils.data.Dataset):
     ):
         if not (Path(folder) / "metadata.jsonl").is_file():
             raise OSError(
-                f"there is no {folder}/metadata.jsonl: python -m modeling_lavit.training.emoji.prepare_images makes it; "
-                "or name other images as data.path"
+                f"there is no {folder}/metadata.jsonl: name other images as data.path, or make the emoji "
+                "(python -m modeling_lavit.training.emoji.prepare_images)"
             )
         # no split by file names
         rows = load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, split="train")

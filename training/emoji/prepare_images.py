@@ -1,16 +1,16 @@
-"""Prepare the emoji pictures that the embedded checkpoint is trained on.
+"""Prepare the emoji images that the embedded checkpoint is trained on.
 
-Six freely licensed emoji sets are fetched as npm packages, joined by code point so that one name has one picture per
+Six freely licensed emoji sets are fetched as npm packages, joined by code point so that one name has one image per
 style, rasterised on white and written as an image folder that `datasets.load_dataset("imagefolder", ...)` reads::
 
-    python -m modeling_lavit.training.emoji --output data/emoji
+    python -m modeling_lavit.training.emoji.prepare_images --output data/emoji
 
     data/emoji/images/<style>/<slug>.png    96 x 96 RGB
-    data/emoji/metadata.jsonl               one row per picture: file_name, name, style, category, codepoint, split
+    data/emoji/metadata.jsonl               one row per image: file_name, name, style, category, codepoint, split
     data/emoji/held_out.json                seed, held-out (name, style) pairs and unseen names
     data/npm/*.tgz                          the packages; a second run needs no network
 
-A run that was cut off goes on where it stopped: packages and pictures that are already there are kept.
+A run that was cut off goes on where it stopped: packages and images that are already there are kept.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def rasterise(svg: str) -> Image.Image:
     png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     if all(low == high for low, high in image.getextrema()):
-        raise ValueError("the picture is empty")
+        raise ValueError("the image is empty")
     return image
 
 
@@ -221,7 +221,7 @@ def split_pairs(emoji: Iterable[tuple[str, str, Iterable[str]]], seed: int = SEE
 
     3 % of the names are unseen in every style. Of the other pairs, 5 % are held out: at most one per name, only of
     names that at least four styles draw, spread evenly over the styles. Each category is drawn for on its own, so
-    that the split of a picture does not depend on which categories were asked for.
+    that the split of a image does not depend on which categories were asked for.
 
     Args:
         emoji: (name, category, styles) of every emoji.
@@ -274,7 +274,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def prepare(output: Path, categories: Iterable[str] | None = DEFAULT_CATEGORIES, size: int = 96) -> list[dict]:
     """Fetch, join, rasterise and split the sets into the image folder `output`; return the rows of `metadata.jsonl`.
 
-    Icons that cannot be drawn, and pictures that are pixel for pixel the same as an earlier one, are left out, counted
+    Icons that cannot be drawn, and images that are pixel for pixel the same as an earlier one, are left out, counted
     and reported on stderr.
     """
     sets = {package.style: read_set(fetch(package, output.parent / "npm")) for package in PACKAGES}
@@ -297,7 +297,7 @@ def prepare(output: Path, categories: Iterable[str] | None = DEFAULT_CATEGORIES,
                 write_atomically(path, buffer.getvalue())
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if digest in first_with:
-                left_out.append(f"{style} {entry.name}: the same picture as {first_with[digest]}")
+                left_out.append(f"{style} {entry.name}: the same image as {first_with[digest]}")
                 continue
             first_with[digest] = f"{style} {entry.name}"
             rows.append(
@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=",".join(DEFAULT_CATEGORIES),
         help='comma-separated categories of the Noto set, or "all" (default: "%(default)s")',
     )
-    parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=96, help="side of the images in pixels (default: %(default)s)")
     options = parser.parse_args(arguments)
     categories = None if options.categories == "all" else [part.strip() for part in options.categories.split(",")]
     try:
@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from error
 
     counts = Counter((row["style"], row["split"]) for row in rows)
-    print(f"{len(rows)} pictures of {len({row['name'] for row in rows})} names in {options.output}")
+    print(f"{len(rows)} images of {len({row['name'] for row in rows})} names in {options.output}")
     print(f"{'style':10}" + "".join(f"{split:>10}" for split in ("train", "held_out", "unseen")))
     for style in STYLES:
         print(f"{style:10}" + "".join(f"{counts[style, split]:10}" for split in ("train", "held_out", "unseen")))

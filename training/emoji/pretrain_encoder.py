@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from modeling_lavit.configuration_lavit import LavitVisualTokenizerConfig
-from modeling_lavit.evaluation.emoji.classifier import Classifier
 from modeling_lavit.encoder_lavit import build_encoder
+from modeling_lavit.evaluation.emoji.classifier import Classifier
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.training.data.augmentation import SampleNoise, normalize_images
 from modeling_lavit.training.distributed import gather

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_lavit.training import emoji
+from modeling_lavit.training.emoji import prepare_images as emoji
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 SAMPLES = ROOT / "tests" / "fixtures" / "emoji"
 HELD_OUT = ROOT / "checkpoints" / "lavit-emoji" / "held_out.json"
 
