@@ -1,5 +1,6 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
+from .chat_template_lavit import __doc__ as _
 from .calls_lavit import __doc__ as _
 from .candidates_lavit import __doc__ as _
 from .checks_lavit import __doc__ as _
@@ -14,6 +15,7 @@ from .filling_lavit import __doc__ as _
 from .generation_lavit import __doc__ as _
 from .generation_settings_lavit import __doc__ as _
 from .hub_lavit import __doc__ as _
+from .image_loading_lavit import __doc__ as _
 from .image_processing_lavit import __doc__ as _
 from .keeping_lavit import __doc__ as _
 from .layers_lavit import __doc__ as _
@@ -27,6 +29,7 @@ from .outputs_lavit import __doc__ as _
 from .pipeline_lavit import __doc__ as _
 from .pipeline_text_to_image import __doc__ as _
 from .pixels_lavit import __doc__ as _
+from .post_processing_lavit import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
 from .scoring_lavit import __doc__ as _

@@ -1,0 +1,1 @@
+../../processing/chat_template_lavit.py

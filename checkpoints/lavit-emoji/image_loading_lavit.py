@@ -1,0 +1,1 @@
+../../processing/image_loading_lavit.py
