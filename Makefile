@@ -8,7 +8,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-versions test-extras test-peers test-serve test-app bench pictures style docs
+.PHONY: help demo test test-versions test-extras test-peers test-serve test-app bench generate pictures style docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
 	@echo "make pictures  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
+	@echo "make generate  set up, then write the code and the card of the embedded checkpoint anew"
 	@echo "make style   set up, then check the style"
 
 demo: export OMP_NUM_THREADS ?= 1
@@ -97,6 +98,11 @@ docs: export TRANSFORMERS_VERBOSITY := error
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
+
+# the code and the card in the embedded checkpoint's folder
+generate: export HF_HUB_OFFLINE := 1
+generate: $(INSTALLED)
+	$(BIN)/python -m modeling_lavit.publishing.refresh $(MODEL)
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

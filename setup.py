@@ -84,6 +84,7 @@ setup(
             "ruff",
             "scipy",
             "setuptools",
+            "torchsde",
             "trl",
         ],
     },

@@ -48,8 +48,11 @@ def score_captions(
     reference_words = [[next(tokenized) for _ in references[key]] for key in ids]
     candidate_words = tokenize([predictions[key] for key in ids])
 
-    columns = {"CIDEr": cider(candidate_words, reference_words)}
-    columns["ROUGE_L"] = [rouge_l(*pair) for pair in zip(candidate_words, reference_words, strict=True)]
+    columns = {"ROUGE_L": [rouge_l(*pair) for pair in zip(candidate_words, reference_words, strict=True)]}
+    # the programs divide tokens of several words ("1 1/2"), but for ROUGE-L
+    candidate_words = [_divided(words) for words in candidate_words]
+    reference_words = [[_divided(words) for words in group] for group in reference_words]
+    columns["CIDEr"] = cider(candidate_words, reference_words)
     totals = {name: sum(values) / len(values) for name, values in columns.items()}
     corpus, by_image = bleu(candidate_words, reference_words)
     for order in range(ORDERS):
@@ -59,6 +62,10 @@ def score_captions(
         for name, (total, values) in java_scores(java, candidate_words, reference_words).items():
             totals[name], columns[name] = total, values
     return totals, {key: {name: values[i] for name, values in columns.items()} for i, key in enumerate(ids)}
+
+
+def _divided(words: list[str]) -> list[str]:
+    return " ".join(words).split()
 
 
 def ngrams(words: Sequence[str]) -> Counter:

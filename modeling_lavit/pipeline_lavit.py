@@ -32,7 +32,8 @@ from .checks_lavit import (
 )
 from .defaults_lavit import LavitDefaults, read_defaults, store_defaults
 from .denoising_lavit import DecodingUNet, LavitDenoiser
-from .hub_lavit import LavitSavingMixin
+from .hub_lavit import LavitLoadingMixin
+from .pipeline_saving_lavit import LavitSavingMixin
 from .pixels_lavit import LavitPixelsMixin, load_pixel_decoder
 from .prompts_lavit import Prompt, as_batch
 from .tokens_lavit import LavitTokensMixin
@@ -56,6 +57,7 @@ class LavitPipelineOutput(BaseOutput):
 
 class LavitPipeline(
     LavitSavingMixin,
+    LavitLoadingMixin,
     LavitCallsMixin,
     LavitTokensMixin,
     LavitPixelsMixin,
@@ -165,11 +167,6 @@ class LavitPipeline(
     def defaults(self) -> LavitDefaults:
         """What a call uses when it does not say: what the components' configs hold, or else the official settings."""
         return read_defaults(self.model, self.detokenizer, self.default_size)
-
-    @classmethod
-    def _dict_from_json_file(cls, *args, **kwargs) -> dict:
-        # A saved folder names its own copy of this class, for those who do not have it. Here it is at hand.
-        return {**super()._dict_from_json_file(*args, **kwargs), "_class_name": cls.__name__}
 
     @classmethod
     def from_pretrained(

@@ -63,3 +63,10 @@ def test_images_without_references_are_refused():
 def test_the_longest_common_subsequence_need_not_be_adjacent():
     assert longest_common("a b c d e".split(), "x b y d e".split()) == 3
     assert longest_common([], ["a"]) == 0
+
+
+def test_a_token_of_several_words_is_one_for_rouge_alone():
+    references = {"a": ["eat 1 1/2 pies now"], "b": ["a dog"]}
+    _, by_image = score_captions({"a": "eat 1 1/2 cakes now", "b": "a cat"}, references)
+    # as pycocoevalcap scores them: 4 of 5 words for BLEU, 3 of 4 for ROUGE-L
+    assert by_image["a"]["Bleu_1"] == pytest.approx(0.8) and by_image["a"]["ROUGE_L"] == pytest.approx(0.75)
