@@ -12,18 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from modeling_lavit import LavitPipeline
-<<<<<<< HEAD
 from modeling_lavit.evaluation.emoji.classifier import Classifier
 from modeling_lavit.evaluation.emoji.report import main as evaluate
 from modeling_lavit.evaluation.emoji.report import to_tensor
 from modeling_lavit.evaluation.emoji.table import table
-=======
-from modeling_lavit.evaluation.judge import Judge
-from modeling_lavit.evaluation.report import main as evaluate
-from modeling_lavit.evaluation.report import to_tensor
-from modeling_lavit.evaluation.table import table
 from modeling_lavit.publishing.verify import verify
->>>>>>> main
 
 
 ROOT = Path(__file__).parents[1]
