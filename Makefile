@@ -18,7 +18,7 @@ help:
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
 	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
-	@echo "make pictures  set up, then draw those of training/pictures; DATA=folder for other pictures, MODEL=folder"
+	@echo "make pictures  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
 	@echo "make generate  set up, then write the code and the card of the embedded checkpoint anew"
 	@echo "make style   set up, then check the style"
@@ -85,13 +85,12 @@ bench: $(INSTALLED)
 
 pictures: export HF_HUB_OFFLINE := 1
 pictures: DATA := data/emoji
-pictures: SHOW = $(BIN)/lavit show $(1) --model $(MODEL) -o training/pictures/$(1).png
+pictures: SHOW = $(BIN)/lavit show $(1) --model $(MODEL) -o training/emoji/images/$(1).png
 pictures: $(INSTALLED)
-	mkdir -p training/pictures
+	mkdir -p training/emoji/images
 	$(call SHOW,codebook) --data $(DATA)
 	$(call SHOW,kept) --data $(DATA)
 	$(call SHOW,reconstructions) --data $(DATA)
-	$(call SHOW,curves) training/logs/h100_tokenizer.jsonl --metrics loss keep_rate decided perplexity
 
 # warnings are errors, such as a link to a page or heading that is not there
 docs: export HF_HUB_OFFLINE := 1

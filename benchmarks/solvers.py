@@ -1,6 +1,6 @@
-"""How near solvers with few steps come to a result of many, and what an independent judge says of their pictures.
+"""How near solvers with few steps come to a result of many, and what an independent classifier says of their images.
 
-    python -m benchmarks.solvers --judge DIR [--model DIR] [--data DIR] [--count 24] [--steps 5 10] [--intervals]
+    python -m benchmarks.solvers --classifier DIR [--model DIR] [--data DIR] [--count 24] [--steps 5 10] [--intervals]
 
 Decodes the visual tokens of the first pictures of an image folder (with `metadata.jsonl`) from the same noise by every
 solver; with `--intervals` also with guidance in the first or last half of the steps only. The distance is the root
@@ -18,7 +18,7 @@ from PIL import Image
 
 from modeling_lavit import LavitPipeline
 from modeling_lavit.checkpoints import LAVIT_EMOJI
-from modeling_lavit.evaluation.judge import Judge
+from modeling_lavit.evaluation.emoji.classifier import Classifier
 
 
 SOLVERS = {
@@ -33,7 +33,7 @@ HALVES = {", guidance in the first half": (0.0, 0.5), ", guidance in the last ha
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(LAVIT_EMOJI))
-    parser.add_argument("--judge", required=True, help="folder of an evaluation judge")
+    parser.add_argument("--classifier", required=True, help="folder of the classifier")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "tests/fixtures/emoji")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10])
@@ -43,9 +43,9 @@ def main() -> None:
 
     pipe = LavitPipeline.from_pretrained(options.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    judge = Judge.load(options.judge)
+    classifier = Classifier.load(options.classifier)
     rows = [json.loads(line) for line in (options.data / "metadata.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["name"] in judge.names][: options.count]
+    rows = [row for row in rows if row["name"] in classifier.names][: options.count]
     pictures = [Image.open(options.data / row["file_name"]) for row in rows]
     pixel_values = pipe.processor.image_processor(pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
@@ -74,7 +74,7 @@ def main() -> None:
 
     def report(name: str, steps: int, images: torch.Tensor, seconds: float) -> None:
         distance, error = (float((images - other).pow(2).mean().sqrt()) for other in (reference, originals))
-        scores = judge.score(images, names)
+        scores = classifier.score(images, names)
         shown = f"{scores['name_top5']:.2f} | {scores['name_top1']:.2f}"
         print(f"| {name} | {steps} | {distance:.4f} | {error:.4f} | {shown} | {seconds:.2f} |", flush=True)
 

@@ -1,4 +1,4 @@
-"""Pictures that explain a training run or a checkpoint, as PNG files: `lavit show KIND`."""
+"""Pictures that explain a checkpoint, as PNG files: `lavit show KIND`."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,6 @@ from ..command_line.common import (
     check_outputs,
     load_pipeline,
     load_reader,
-    model_source,
     positive_number,
     save_images,
     seed_number,
@@ -40,27 +39,6 @@ def build_parser() -> Parser:
             help="checkpoint folder, or repository on the Hub (default: the embedded checkpoint lavit-emoji)",
         )
         return kind
-
-    kind = add(
-        "curves",
-        curves,
-        "loss, keep rate and other metrics of training runs over their steps",
-        "lavit show curves runs/tokenizer runs/tokenizer_2 -o curves.png --metrics loss keep_rate perplexity",
-    )
-    kind.add_argument("runs", nargs="+", metavar="RUN_OR_LOG", help="folders with a log.jsonl, or such files")
-    kind.add_argument(
-        "--metrics",
-        nargs="+",
-        metavar="NAME",
-        help="of the log, or keep_rate: kept patches as a share of the model's; or all (default: loss and keep_rate)",
-    )
-    kind.add_argument(
-        "--smooth",
-        type=positive_number,
-        default=1,
-        metavar="N",
-        help="draw the median of N records too (default: 1, none)",
-    )
 
     def add_of_pictures(name: str, run, description: str, example: str, count: int | None, size: int) -> Parser:
         kind = add(name, run, description, example)
@@ -116,17 +94,6 @@ def build_parser() -> Parser:
         help="keep this share of the patches, the best ones (default: as many as the checkpoint's selector keeps)",
     )
     return parser
-
-
-def curves(options: argparse.Namespace) -> Image.Image:
-    """`lavit show curves`"""
-    from transformers import AutoConfig
-
-    from .curves import draw_curves, read_run, run_names
-
-    num_patches = AutoConfig.from_pretrained(model_source(options)).visual_config.num_patches
-    runs = [read_run(source, num_patches) for source in options.runs]
-    return draw_curves(dict(zip(run_names(options.runs), runs, strict=True)), options.metrics, options.smooth)
 
 
 def codebook(options: argparse.Namespace) -> Image.Image:

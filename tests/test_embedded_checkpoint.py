@@ -12,17 +12,17 @@ from PIL import Image
 from safetensors import safe_open
 
 from modeling_lavit import LavitPipeline
-from modeling_lavit.evaluation.judge import Judge
-from modeling_lavit.evaluation.report import main as evaluate
-from modeling_lavit.evaluation.report import to_tensor
-from modeling_lavit.evaluation.table import table
+from modeling_lavit.evaluation.emoji.classifier import Classifier
+from modeling_lavit.evaluation.emoji.report import main as evaluate
+from modeling_lavit.evaluation.emoji.report import to_tensor
+from modeling_lavit.evaluation.emoji.table import table
 from modeling_lavit.publishing.verify import verify
 
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "lavit-emoji"
 SAMPLES = Path(__file__).parent / "fixtures" / "emoji"
-JUDGE = Path(__file__).parent / "fixtures" / "judge"
+CLASSIFIER = Path(__file__).parent / "fixtures" / "classifier"
 
 
 def samples(split: str) -> list[dict]:
@@ -42,8 +42,8 @@ def pipe() -> LavitPipeline:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge.load(JUDGE)
+def classifier() -> Classifier:
+    return Classifier.load(CLASSIFIER)
 
 
 def test_weights_are_half_precision_safetensors_under_40_megabytes():
@@ -89,22 +89,22 @@ def test_it_captions_pictures_it_was_trained_on(pipe):
     assert right / len(rows) > 0.8, list(zip(captions, [row["name"] for row in rows], strict=True))
 
 
-def test_it_draws_what_is_asked_for(pipe, judge):
+def test_it_draws_what_is_asked_for(pipe, classifier):
     rows = samples("train")
     prompts = [f"{row['name']} in {row['style']} style" for row in rows]
     images = pipe(prompts, generator=seeded(len(prompts))).images
-    scores = judge.score(to_tensor(images, 48), [row["name"] for row in rows])
+    scores = classifier.score(to_tensor(images, 48), [row["name"] for row in rows])
     # by chance it would be .02
     assert scores["name_top5"] > 0.2
 
 
-def test_the_same_picture_gives_the_same_tokens_and_they_tell_what_it_was(pipe, judge):
+def test_the_same_picture_gives_the_same_tokens_and_they_tell_what_it_was(pipe, classifier):
     rows = samples("train")
     images = [Image.open(SAMPLES / row["file_name"]).convert("RGB") for row in rows]
     output = pipe.reconstruct(images, generator=seeded(len(images)))
     alone = pipe.reconstruct(images[3], generator=seeded(1)[0])
     assert torch.equal(alone.visual_tokens.codes, output.visual_tokens.split()[3])
-    assert judge.score(to_tensor(output.images, 48), [row["name"] for row in rows])["name_top5"] > 0.6
+    assert classifier.score(to_tensor(output.images, 48), [row["name"] for row in rows])["name_top5"] > 0.6
 
 
 def test_a_picture_and_a_text_are_one_prompt(pipe):
@@ -142,18 +142,18 @@ print("SAME")
 
 
 def test_the_evaluation_reports_every_figure(tmp_path):
-    arguments = ["--model", CHECKPOINT, "--data", SAMPLES, "--judge", JUDGE, "--count", 3, "--seeds", 1]
+    arguments = ["--model", CHECKPOINT, "--data", SAMPLES, "--classifier", CLASSIFIER, "--count", 3, "--seeds", 1]
     arguments += ["--output", tmp_path / "figures.json", "--sheet", tmp_path / "sheet.png"]
     evaluate([str(argument) for argument in arguments])
     figures = json.loads((tmp_path / "figures.json").read_text())
     for split in ("seen", "held_out"):
         assert 0 <= figures[split]["caption_exact"] <= 1
-        assert figures[split]["judge_on_real"]["name_top5"] > 0.9
+        assert figures[split]["classifier_on_real"]["name_top5"] > 0.9
         assert {"name_top5", "style"} <= figures[split]["text_to_image"].keys()
     assert 0 < figures["tokens"]["keep_rate"] < 1
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
 
 
-def test_the_documented_tables_are_the_recorded_figures():
+def test_the_tables_of_its_page_are_the_recorded_figures():
     figures = json.loads((CHECKPOINT / "figures.json").read_text())
     assert table(figures) in (ROOT / "docs" / "emoji_checkpoint.md").read_text()

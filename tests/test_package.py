@@ -78,8 +78,9 @@ def test_the_wheel_has_one_import_name_and_everything_it_needs(wheel):
         "modeling_lavit/processing/processing_lavit.py",
         "modeling_lavit/conversion/__init__.py",
         "modeling_lavit/training/run.py",
-        "modeling_lavit/training/recipes/tokenizer.yaml",
-        "modeling_lavit/evaluation/report.py",
+        "modeling_lavit/training/recipes/finetune.yaml",
+        "modeling_lavit/training/emoji/recipes/tokenizer.yaml",
+        "modeling_lavit/evaluation/emoji/report.py",
         "modeling_lavit/checkpoints/__init__.py",
         "modeling_lavit/checkpoints/lavit-emoji/NOTICE",
     ]

@@ -1,9 +1,7 @@
-"""The command `lavit show`: curves of runs, and sheets of pictures."""
+"""The command `lavit show`: sheets of pictures."""
 
-import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from PIL import Image
 from modeling_lavit import LavitConfig, LavitPipeline
 from modeling_lavit.checkpoints import LAVIT_EMOJI
 from modeling_lavit.command_line import main
-from modeling_lavit.evaluation.curves import draw_curves, read_run, rolling_median, run_names
 from modeling_lavit.evaluation.pictures import (
     BATCH_SIZE,
     FRAME,
@@ -70,16 +67,6 @@ def run(*arguments: str) -> int:
         return end.code
 
 
-def write_log(path: Path, records: list[dict]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def records(count: int, **metrics) -> list[dict]:
-    return [{"step": 10 * i, "loss": 5.0 / i, "epoch": 0.1 * i} | metrics for i in range(1, count + 1)]
-
-
 def place_of(part: Image.Image, whole: Image.Image) -> tuple[int, int] | None:
     """Row and column where a picture lies in another, pixel for pixel."""
     part, whole = np.asarray(part), np.asarray(whole)
@@ -88,68 +75,6 @@ def place_of(part: Image.Image, whole: Image.Image) -> tuple[int, int] | None:
         if np.array_equal(windows[row, column], part):
             return int(row), int(column)
     return None
-
-
-def test_a_log_becomes_curves_of_finite_values_with_the_keep_rate_and_without_the_summary(tmp_path):
-    log = records(3, kept=36) + [{"step": 40, "loss": 2.0, "kept": 48, "code_loss": float("nan")}]
-    write_log(tmp_path / "run" / "log.jsonl", [*log, {"step": 40, "train_runtime": 3.0, "train_loss": 9.0}])
-    curves = read_run(tmp_path / "run", num_patches=144)
-    assert set(curves) == {"loss", "kept", "keep_rate"}
-    steps, values = curves["keep_rate"]
-    assert steps.tolist() == [10, 20, 30, 40] and np.allclose(values, [0.25, 0.25, 0.25, 1 / 3])
-    assert read_run(tmp_path / "run" / "log.jsonl", 144).keys() == curves.keys()
-
-
-def test_of_a_run_that_went_on_from_a_checkpoint_the_later_records_count(tmp_path):
-    log = write_log(tmp_path / "log.jsonl", records(3) + [{"step": 20, "loss": 7.0}, {"step": 30, "loss": 8.0}])
-    steps, values = read_run(log, 144)["loss"]
-    assert steps.tolist() == [10, 20, 30] and values.tolist() == [5.0, 7.0, 8.0]
-
-
-def test_runs_have_short_names_unless_two_have_the_same():
-    assert run_names(["runs/tokenizer", "runs/again/log.jsonl", "logs/guide.jsonl"]) == ["tokenizer", "again", "guide"]
-    assert run_names(["a/tokenizer", "b/tokenizer"]) == ["a/tokenizer", "b/tokenizer"]
-
-
-def test_the_rolling_median_takes_as_many_values_as_it_says_and_fewer_at_the_ends():
-    values = np.random.default_rng(0).normal(size=20)
-    assert np.array_equal(rolling_median(values, 1), values)
-    smooth = rolling_median(values, 5)
-    assert smooth[9] == np.median(values[7:12]) and smooth[0] == np.median(values[:3])
-    assert rolling_median(values, 4)[9] == np.median(values[8:12])
-
-
-def test_runs_are_overlaid_in_their_own_colours_in_one_panel_a_metric(tmp_path):
-    first = read_run(write_log(tmp_path / "a.jsonl", records(9, kept=36)), 144)
-    second = {name: (steps, values + 0.5) for name, (steps, values) in first.items()}
-
-    def colours(picture: Image.Image) -> set:
-        return {color for _, color in picture.getcolors(1 << 20)}
-
-    blue, orange = (31, 119, 180), (255, 127, 14)
-    alone, both = draw_curves({"a": first}), draw_curves({"a": first, "b": second})
-    assert blue in colours(alone) and orange not in colours(alone)
-    assert {blue, orange} <= colours(both)
-    assert draw_curves({"a": first}, ["loss"]).width < alone.width
-    assert draw_curves({"a": first}, ["all"]).height > alone.height
-
-
-def test_curves_of_several_runs_are_written_by_the_command(here, capsys):
-    write_log(here / "a" / "log.jsonl", records(4, kept=48))
-    write_log(here / "b.jsonl", records(4, text_loss=1.5))
-    command = ("curves", "a", "b.jsonl", "-o", "curves.png", "--metrics", "loss", "text_loss", "--smooth", "3")
-    assert run(*command) == 0
-    assert capsys.readouterr().out == "curves.png\n"
-    assert Image.open("curves.png").format == "PNG"
-
-
-def test_curves_without_matplotlib_say_what_to_install(here, capsys, monkeypatch):
-    write_log(here / "a.jsonl", records(2))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    monkeypatch.delitem(sys.modules, "modeling_lavit.evaluation.curves")
-    assert run("curves", "a.jsonl", "-o", "curves.png") == 2
-    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_pictures_are_found_below_folders_and_among_many_a_choice_is_repeatable(here):
@@ -259,17 +184,7 @@ def test_sheets_are_written_by_the_command(here, capsys, kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("curves", "missing", "-o", "new.png"), "there is no log of a run at missing"),
-        (("curves", "empty", "-o", "new.png"), "there is no log of a run at empty/log.jsonl"),
-        (("curves", "text.jsonl", "-o", "new.png"), "line 1 of text.jsonl is no JSON"),
-        (("curves", "list.jsonl", "-o", "new.png"), "line 1 of list.jsonl is no record of a step"),
-        (("curves", "other.jsonl", "-o", "new.png"), "other.jsonl has no step of training yet"),
-        (("curves", "many.jsonl", "-o", "new.png"), "patches, but a picture of --model has"),
-        (
-            ("curves", "run.jsonl", "-o", "new.png", "--metrics", "gain"),
-            "has the metric gain; there are: keep_rate, kept, loss",
-        ),
-        (("curves", "run.jsonl", "-o", "new.png", "--model", "empty"), "empty is no LaVIT checkpoint"),
+        (("kept", "--data", str(PICTURE), "-o", "new.png", "--model", "empty"), "empty is no LaVIT checkpoint"),
         (("kept", "--data", "missing", "-o", "new.png"), "there is no picture or folder at missing"),
         (("kept", "--data", "empty", "-o", "new.png"), "there is no picture in the folder empty"),
         (("kept", "--data", "text.jsonl", "-o", "new.png"), "text.jsonl is not an image"),
@@ -288,10 +203,6 @@ def test_sheets_are_written_by_the_command(here, capsys, kind):
 def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(here, capsys, arguments, message):
     (here / "empty").mkdir()
     (here / "text.jsonl").write_text("no record\n")
-    (here / "list.jsonl").write_text("[1]\n")
-    write_log(here / "other.jsonl", [{"file_name": "cat.png"}])
-    write_log(here / "many.jsonl", records(1, kept=CONFIG.num_patches + 1))
-    write_log(here / "run.jsonl", [{"step": 1, "loss": 1.0, "kept": 40}])
     before = sorted(here.rglob("*"))
     assert run(*arguments) == 2
     captured = capsys.readouterr()
@@ -303,8 +214,8 @@ def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(here, capsys, 
 def test_every_kind_teaches_itself_by_an_example_that_parses(capsys):
     assert run("--help") == 0
     kinds = re.findall(r"^    (\w+)", capsys.readouterr().out, re.M)
-    assert set(kinds) >= {"curves", "codebook", "reconstructions", "kept"}
-    for kind in ("curves", "codebook", "reconstructions", "kept"):
+    assert set(kinds) >= {"codebook", "reconstructions", "kept"}
+    for kind in ("codebook", "reconstructions", "kept"):
         assert run(kind, "--help") == 0
         example = capsys.readouterr().out.split("example:\n")[1].splitlines()[0].strip()
         assert example.startswith(f"lavit show {kind}")

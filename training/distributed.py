@@ -4,64 +4,42 @@ Gradients are averaged over ranks by whoever runs the training (DDP). The helper
 gradient is that of the loss of the global batch.
 """
 
-from contextlib import contextmanager
-
+import accelerate.utils
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
 
 
-_alone = False
-
-
-@contextmanager
-def alone():
-    """Within it a rank counts as the only one, and waits for no other."""
-    global _alone
-    _alone = True
-    try:
-        yield
-    finally:
-        _alone = False
+def process_state() -> PartialState:
+    """This process among those that `accelerate launch` or `torchrun` started."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def world_size() -> int:
     """Number of ranks."""
-    if _alone:
-        return 1
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return process_state().num_processes
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
     """The rows of all ranks, rank after rank, each with as many rows (M, …) as it has. No gradient."""
     if world_size() == 1:
         return tensor
-    counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(tensor)], device=tensor.device))
-    longest = max(int(count) for count in counts)
-    padded = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+    counts = accelerate.utils.gather(torch.tensor([len(tensor)], device=tensor.device))
+    padded = accelerate.utils.gather(accelerate.utils.pad_across_processes(tensor))
+    parts = padded.split(int(counts.max()))
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
 
 
-def gather_metrics(values: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The values of all ranks under each name; a rank may lack some names."""
-    if world_size() == 1:
-        return values
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, dict(values))
-    return {
-        name: [x for part in parts for x in part.get(name, [])] for name in dict.fromkeys(sum(map(list, parts), []))
-    }
+def gather_dicts(values: dict) -> list[dict]:
+    """The values of all ranks, rank after rank."""
+    return [values] if world_size() == 1 else accelerate.utils.gather_object([values])
 
 
 def global_mean(value: torch.Tensor) -> torch.Tensor:
     """The mean over ranks of a mean over equally many samples each; its gradient is that of this rank's value."""
     if world_size() == 1:
         return value
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return value + (total / world_size() - value.detach())
+    mean = accelerate.utils.reduce(value.detach(), "mean")
+    return value + (mean - value.detach())
 
 
 def ragged_mean(values: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -74,7 +52,7 @@ def ragged_mean(values: torch.Tensor, weights: torch.Tensor | None = None) -> to
         weights: (M,), ones by default.
     """
     weights = torch.ones_like(values) if weights is None else weights
-    total = weights.sum().detach().clone()
+    total = weights.sum().detach()
     if world_size() > 1:
-        dist.all_reduce(total)
+        total = accelerate.utils.reduce(total, "sum")
     return (weights * values).sum() * world_size() / total.clamp_min(1e-9)

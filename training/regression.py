@@ -8,8 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from ..modeling_lavit import LavitForConditionalGeneration
-from ..processing import LavitProcessor
+from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
+from modeling_lavit.processing import LavitProcessor
 
 
 class RegressionHead(nn.Module):
@@ -47,13 +47,13 @@ def draw_by_regression(
     prompts: list[str],
     guidance_scale: float,
 ) -> list[torch.Tensor]:
-    """Draws one picture a prompt, deterministically: the code nearest to each regressed vector is the next one.
+    """Draws one image a prompt, deterministically: the code nearest to each regressed vector is the next one.
 
     Where a code follows, the language model's head was trained on `[IMG]` in its place: between that and `[/IMG]` it
-    decides whether the picture is complete.
+    decides whether the image is complete.
 
     Returns:
-        The codes of each picture, at least one.
+        The codes of each image, at least one.
     """
     vocabulary = model.config.vocabulary
     quantizer = model.model.visual_tokenizer.quantizer

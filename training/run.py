@@ -1,129 +1,191 @@
-"""Runs a stage from its recipe: `python -m modeling_lavit.training.run STAGE recipe.yaml [key=value …]`.
+"""Runs a stage of training from its recipe: `lavit train [STAGE] RECIPE [KEY=VALUE …]`.
 
-A recipe is a YAML file with `data`, `model` and `training_arguments`; dotted `key=value` pairs override single
-entries. Everything that `transformers.TrainingArguments` knows may stand under `training_arguments`. A run that was
-cut goes on from its last checkpoint when it is started again.
+A recipe is a YAML file, or the name of one that is shipped (`finetune`); dotted `key=value` pairs override single
+entries. A run that was cut goes on from its last checkpoint when it is started again.
 """
 
 import argparse
 import copy
 import gc
-import importlib
-import json
 import os
-import re
-from collections import defaultdict
+import shutil
+import sys
+import traceback
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import TrainerState
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.integrations import is_tensorboard_available
 
-from .data import SampleNoise, collate_pictures
-from .distributed import alone, gather_metrics
-from .sources import stream_loader
+from modeling_lavit.command_line.common import Parser
+from modeling_lavit.training.callbacks import AfterStepCallback, EpochCallback, LogCallback
+from modeling_lavit.training.checkpoints import last_whole_checkpoint
+from modeling_lavit.training.recipe import Recipe
+from modeling_lavit.training.recipe_file import parse_yaml, read_values, validate
+from modeling_lavit.training.stage import Parts, Stage, StageTrainer, collate_of
+from modeling_lavit.training.train_language_model import LanguageModelStage
+from modeling_lavit.training.train_pixel_decoder import PixelDecoderStage
+from modeling_lavit.training.train_visual_tokenizer import TokenizerStage
 
 
 STAGES = {
-    "encoder": "pretrain_encoder",
-    "tokenizer": "train_visual_tokenizer",
-    "language-model": "train_language_model",
-    "pixel-decoder": "train_pixel_decoder",
-    "judge": "train_judge",
+    "tokenizer": TokenizerStage(),
+    "language-model": LanguageModelStage(),
+    "pixel-decoder": PixelDecoderStage(),
 }
+RECIPES = Path(__file__).parent / "recipes"
 
 
-class EpochCallback(TrainerCallback):
-    """Tells the data set its epoch: with several ranks the trainer's data loader does not."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML in which `1e-4` is a number, as everyone means it."""
-
-
-RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-class StageTrainer(Trainer):
-    """A `Trainer` for models whose forward takes a batch, its [`SampleNoise`] and the `progress` of the run from 0 to
-    1, and returns `{"loss": (), "metrics": {name: ()}}`; metrics are averaged into the log."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.running_metrics = defaultdict(list)
-
-    def _save(self, output_dir=None, state_dict=None):
-        # safetensors refuses tensors that share their memory, as tied embeddings do
-        state_dict, seen = dict(state_dict or self.model.state_dict()), set()
-        for key, value in state_dict.items():
-            if value.data_ptr() in seen:
-                state_dict[key] = value.clone()
-            seen.add(value.data_ptr())
-        super()._save(output_dir, state_dict)
-
-    def get_train_dataloader(self):
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            return stream_loader(self.train_dataset, self.args, self.data_collator)
-        return super().get_train_dataloader()
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        noise = SampleNoise(inputs.pop("position"), self.state.global_step, self.args.seed)
-        outputs = model(**inputs, noise=noise, progress=self.state.global_step / max(1, self.state.max_steps))
-        for name, value in outputs["metrics"].items():
-            self.running_metrics[name].append(float(value))
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            logs |= {name: round(sum(v) / len(v), 4) for name, v in gather_metrics(self.running_metrics).items()}
-            self.running_metrics.clear()
-        super().log(logs, start_time)
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """
+    Raises:
+        ValueError: they contradict each other, or the machine.
+    """
+    given = recipe.training_arguments
+    values = {"use_cpu": not torch.cuda.is_available()}
+    values |= {k: v for k, v in given.model_dump().items() if v is not None or k in given.model_fields_set}
+    if recipe.data.validation is not None:
+        values["eval_strategy"] = values.get("eval_strategy") or "steps"
+        if values["eval_strategy"] == "steps":
+            values["eval_steps"] = values.get("eval_steps") or values["save_steps"]
+    if "activation_checkpointing" in type(given).model_fields and "gradient_checkpointing" in values:
+        values["activation_checkpointing"] = values.pop("gradient_checkpointing")  # its name from transformers 5.24 on
+    values |= {"remove_unused_columns": False, "label_names": ["position"]}
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ValueError(f"training_arguments: {error}") from error
+    if "tensorboard" in arguments.report_to and not is_tensorboard_available():
+        raise ValueError(
+            "training_arguments.report_to: tensorboard is not installed (pip install tensorboard, or none)"
+        )
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"there are {arguments.n_gpu} GPUs: start one process each (torchrun --nproc_per_node {arguments.n_gpu} "
+            f"-m {__package__}.run …), or let CUDA_VISIBLE_DEVICES name one"
+        )
+    return arguments
 
 
-class JsonLinesCallback(TrainerCallback):
-    """Appends every log record to `log.jsonl` in the output folder."""
+def is_complete(output_dir: Path, recipe: Recipe) -> bool:
+    """Whether the run of a recipe has its result.
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Takes away what a cut run logged behind the checkpoint from which it goes on."""
-        path = Path(args.output_dir) / "log.jsonl"
-        if state.is_world_process_zero and path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.global_step))
+    Raises:
+        ValueError: the result is that of another recipe.
+    """
+    if not (output_dir / "final").is_dir():
+        return False
+    path = output_dir / "recipe.yaml"
+    before = parse_yaml(path.read_bytes(), str(path)) if path.is_file() else None
+    if not isinstance(before, dict):
+        raise ValueError(f"{output_dir}/final is there, but not the recipe it was trained by, {path}: remove it first")
+    different = set(_different_keys(before, written(recipe))) - {"training_arguments.output_dir"}
+    if different:
+        raise ValueError(
+            f"{output_dir}/final is the result of another recipe (different: {', '.join(sorted(different))}): name "
+            "another training_arguments.output_dir, or remove it"
+        )
+    return True
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            with open(Path(args.output_dir) / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+def written(recipe: Recipe) -> dict:
+    """A recipe as `recipe.yaml` in its output folder holds it; one can train by that again."""
+    return {"stage": recipe.stage} | recipe.model_dump(mode="json", exclude_unset=True)
 
 
-def load_recipe(path: str, overrides: list[str]) -> dict:
-    """Reads a recipe and applies `a.b=value` overrides (values are YAML). Unknown keys are an error."""
-    recipe = yaml.load(Path(path).read_text(), RecipeLoader)
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(f"override {override!r} is not of the form key=value")
-        *parents, leaf = key.split(".")
-        node = recipe
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                raise ValueError(f"the recipe {path} has no section {parent!r} for the override {override!r}")
-            node = node[parent]
-        if leaf not in node and parents[:1] not in (["training_arguments"], ["data"]):
-            raise ValueError(f"the recipe {path} has no key {key!r}; known here: {sorted(node)}")
-        node[leaf] = yaml.load(value, RecipeLoader)
-    return recipe
+def _different_keys(one: dict, other: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for key in {**one, **other}:
+        values = one.get(key), other.get(key)
+        if values[0] != values[1] and all(isinstance(value, dict | None) for value in values):
+            keys += _different_keys(values[0] or {}, values[1] or {}, f"{prefix}{key}.")
+        elif values[0] != values[1]:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def run(stage: Stage, recipe: Recipe, arguments: TrainingArguments) -> None:
+    """Trains one stage to the end and writes its result to `<output_dir>/final`, unless it is there.
+
+    Args:
+        arguments: of [`training_arguments`].
+
+    Raises:
+        ValueError: the recipe's parts do not fit each other, or training failed: then the message names a file with
+            the traceback.
+        OSError: something that the recipe names is not there.
+    """
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    output_dir = Path(arguments.output_dir)
+    if is_complete(output_dir, recipe):
+        print(f"{output_dir}/final is complete: nothing is left to train")
+        return
+    set_seed(arguments.seed)
+    parts = stage.build(recipe)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(parts, recipe, arguments)
+    checkpoint = last_whole_checkpoint(output_dir, parts.model, trainer.is_fsdp_enabled)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        if trainer.is_world_process_zero():
+            (output_dir / "recipe.yaml").write_text(yaml.safe_dump(written(recipe), sort_keys=False), encoding="utf-8")
+        whole = train(trainer, None if checkpoint is None else str(checkpoint))
+        if trainer.is_world_process_zero():
+            write_result(stage, whole, parts, recipe, output_dir)
+        trainer.accelerator.wait_for_everyone()
+    except Exception as error:
+        path = output_dir / f"error-{arguments.process_index}.log"
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise ValueError(f"training failed: {type(error).__name__}: {reason} (traceback in {path})") from error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # the wrapped model goes before the process group that it uses
+        del trainer, parts, whole
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def make_trainer(parts: Parts, recipe: Recipe, arguments: TrainingArguments) -> StageTrainer:
+    """
+    Raises:
+        ValueError: the stage cannot be sharded, but is asked to.
+    """
+    callbacks = [LogCallback(), EpochCallback(parts.dataset), AfterStepCallback(), *parts.callbacks]
+    if recipe.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    trainer = StageTrainer(
+        model=parts.model,
+        args=arguments,
+        train_dataset=parts.dataset,
+        eval_dataset=parts.validation,
+        data_collator=collate_of(parts.dataset),
+        callbacks=callbacks,
+    )
+    if trainer.is_fsdp_enabled and parts.model._no_split_modules is None:
+        raise ValueError(
+            f"the stage {recipe.stage} updates weights outside of its optimizer: run it by DDP, without FSDP"
+        )
+    return trainer
+
+
+def train(trainer: StageTrainer, checkpoint: str | None) -> torch.nn.Module | None:
+    """Trains to the end, evaluates, and returns the whole model on rank 0, in eval mode on the CPU."""
+    model = trainer.model
+    frame = without_parameters(model) if trainer.is_fsdp_enabled else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    last = trainer.state.global_step
+    evaluated = any("eval_loss" in record and record["step"] == last for record in trainer.state.log_history)
+    if trainer.eval_dataset is not None and not evaluated:
+        trainer.evaluate()
+    if frame is None:
+        return trainer.accelerator.unwrap_model(model).cpu().eval()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all ranks
+    if not trainer.is_world_process_zero():
+        return None
+    frame.load_state_dict(state, assign=True)
+    return frame.eval()
 
 
 def without_parameters(model: torch.nn.Module) -> torch.nn.Module:
@@ -135,73 +197,59 @@ def without_parameters(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def last_complete_checkpoint(output_dir: Path) -> str | None:
-    """The checkpoint to go on from. The trainer writes its state last, so what a killed run has left without one is
-    passed over."""
-    complete = []
-    for folder in output_dir.glob("checkpoint-*"):
-        try:
-            complete.append((TrainerState.load_from_json(folder / "trainer_state.json").global_step, str(folder)))
-        except (OSError, ValueError):
-            print(f"{folder} is incomplete: it was being written when its run ended")
-    return max(complete)[1] if complete else None
+@torch.no_grad()
+def write_result(stage: Stage, model, parts: Parts, recipe: Recipe, output_dir: Path) -> None:
+    """Puts the result in place when it is whole."""
+    partial = output_dir / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    stage.finish(model, parts, recipe, partial)
+    os.replace(partial, output_dir / "final")
+    print(f"{output_dir}/final is complete")
 
 
-def run(stage: str, recipe: dict) -> None:
-    """Trains one stage to the end and writes its result to `<output_dir>/final`."""
-    if "threads" in recipe:
-        torch.set_num_threads(recipe["threads"])
-    defaults = {"report_to": "none", "remove_unused_columns": False, "use_cpu": not torch.cuda.is_available()}
-    arguments = TrainingArguments(**(defaults | recipe["training_arguments"]))
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"there are {arguments.n_gpu} GPUs: start one process each (torchrun --nproc_per_node {arguments.n_gpu} "
-            f"-m {__package__}.run …), or let CUDA_VISIBLE_DEVICES name one"
-        )
-    set_seed(arguments.seed)
-    module = importlib.import_module(f".{STAGES[stage]}", package=__package__)
-    model, dataset, callbacks = module.build(recipe)
-    os.makedirs(arguments.output_dir, exist_ok=True)
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        data_collator=getattr(dataset, "collate", collate_pictures),
-        callbacks=[JsonLinesCallback(), EpochCallback(dataset), *callbacks],
-    )
-    frame = None
-    if trainer.is_fsdp_enabled:
-        if not hasattr(model, "_no_split_modules"):
-            raise ValueError(
-                f"the stage {stage} updates weights outside of its optimizer: run it by DDP, without FSDP"
-            )
-        frame = without_parameters(model)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(Path(arguments.output_dir)))
-    state = None if frame is None else trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all ranks
-    with alone():
-        if trainer.is_world_process_zero():
-            if frame is None:
-                whole = trainer.accelerator.unwrap_model(model).cpu()
-            else:
-                frame.load_state_dict(state, assign=True)
-                whole = frame
-            module.finish(whole, dataset, recipe, Path(arguments.output_dir) / "final")
-    trainer.accelerator.wait_for_everyone()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # the wrapped model goes before the process group that it uses
-        del trainer, model, dataset, callbacks
-        gc.collect()
-        torch.distributed.destroy_process_group()
+def find_recipe(name: str, folders: list[Path]) -> Path:
+    """The file of a recipe: that of the name among shipped ones, or the file itself.
+
+    Raises:
+        OSError: there is none.
+    """
+    shipped = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise OSError(f"there is no recipe {name}: give a YAML file, or one of {', '.join(shipped)}")
+    return path
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="lavit train")
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("recipe", help="YAML file, see the recipes folder beside this module")
-    parser.add_argument("overrides", nargs="*", help="key=value, e.g. training_arguments.max_steps=100")
+def main(
+    arguments: list[str] | None = None,
+    stages: dict[str, Stage] = STAGES,
+    recipe_folders: tuple[Path, ...] = (RECIPES,),
+) -> None:
+    """`lavit train`; `stages` and `recipe_folders` are those that can be named."""
+    parser = Parser(prog="lavit train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "lavit train [STAGE] RECIPE [KEY=VALUE ...]"
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="e.g. training_arguments.max_steps=100")
+    parser.epilog = f"stages: {', '.join(stages)} (a recipe says its own as `stage`)"
     options = parser.parse_args(arguments)
-    run(options.stage, load_recipe(options.recipe, options.overrides))
+    name, overrides, stage = options.recipe, options.overrides, None
+    if name in stages and overrides and "=" not in overrides[0]:
+        stage, name, *overrides = name, *overrides
+    path = find_recipe(name, recipe_folders)
+    values = read_values(path, overrides)
+    own = values.setdefault("stage", stage)
+    if own not in ([stage] if stage else list(stages)):
+        raise ValueError(f"{path}: stage: expected {stage or 'one of ' + ', '.join(stages)}, got {own!r}")
+    recipe = validate(path, values, stages[own].recipe_class)
+    try:
+        arguments = training_arguments(recipe)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    run(stages[own], recipe, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    from modeling_lavit.command_line.main import main as lavit
+
+    sys.exit(lavit(["train", *sys.argv[1:]]))

@@ -1,135 +1,105 @@
 """Stage 2: the language model learns to read and to draw by next-token prediction (paper section 3.2).
 
-Each sample is drawn at random among tasks, by the probabilities of the recipe's mixture: captions and questions
-(`[image, text]`, the image as continuous features), drawing (`[text; image]`, the image as codes), text alone,
-instructions; see `samples.py`. The visual tokenizer is frozen; the understanding side has a merger of its own, which
-starts from the tokenizer's. A share of the drawing prompts is dropped, which trains the unconditional stream of
-guidance, the single token `[IMG]`.
+Each sample is drawn at random among tasks, by the recipe's mixture: captions (`[image, text]`, the image as continuous
+features), drawing (`[text; image]`, the image as codes), text alone, instructions; see `data/samples.py`. The visual
+tokenizer is frozen; the understanding side has a merger of its own, which starts from the tokenizer's.
 
-The language model is new (`text_model`), a pretrained one of Llama's shape (`language_model`), or that of a LaVIT
-checkpoint (`start`); all of it is trained, or low-rank adapters (`lora`, arguments of `peft.LoraConfig`).
+The language model is that of a LaVIT checkpoint (`start`), or a pretrained one of Llama's shape (`language_model`);
+all of it is trained, or low-rank adapters (`lora`).
+
+Dimension letters: B samples, L ids, P images, E width of the language model, M positions that predict something.
 """
 
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
-from ..configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
-from ..modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration, LavitInputs
-from ..modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from ..processing import LavitImageProcessor, LavitProcessor
-from ..slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
-from .data import (
-    PictureDataset,
-    SampleNoise,
-    augment,
-    load_pictures,
-    normalize_pictures,
-    result_of,
-)
-from .distributed import ragged_mean
-from .guided import blend_and_name
-from .imagined import ImaginedPicture, imagine
-from .packing import pack
-from .regression import RegressionHead
-from .samples import PictureSamples, SourceSampleList, SourceSamples, SourceSampleStream
-from .sources import SourceStream, load_source, process_state
-from .text import VISUAL_TOKENS, sentences, train_text_tokenizer
+from modeling_lavit.configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
+from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration, LavitInputs
+from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from modeling_lavit.processing import LavitImageProcessor, LavitProcessor
+from modeling_lavit.slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from modeling_lavit.training.data.augmentation import SampleNoise, augment, normalize_images
+from modeling_lavit.training.data.datasets import SourceStream, load_data, load_source
+from modeling_lavit.training.data.packing import pack
+from modeling_lavit.training.data.samples import Sequences, SourceSampleList, SourceSamples, SourceSampleStream
+from modeling_lavit.training.distributed import ragged_mean
+from modeling_lavit.training.recipe import LanguageModelRecipe
+from modeling_lavit.training.regression import RegressionHead
+from modeling_lavit.training.results import is_whole, result_of, write_whole
+from modeling_lavit.training.stage import Parts, Stage, TrainingModel
 
 
+# What a text tokenizer gets above its own ids.
+VISUAL_TOKENS = {"boi_token": "[IMG]", "eoi_token": "[/IMG]"}
 # What a start and a tokenizer must have alike for one to take the other's weights and to give the same codes.
 VISUAL_SIZES = (
     *("image_size", "patch_size", "hidden_size", "num_hidden_layers", "stem", "codebook_size", "codebook_dim"),
     *("merger_num_hidden_layers", "merger_num_attention_heads", "merger_is_causal", "merge_dropped"),
     *("attention_epsilon", "selection"),
 )
-VISUAL_LOSSES = ("classification", "regression")
+# Settings of the released scripts, for new models.
+PAPER_PRESETS = {
+    "caption": {"num_beams": 2, "min_new_tokens": 8, "max_new_tokens": 36},
+    "answer": {"num_beams": 5, "min_new_tokens": 2, "max_new_tokens": 10, "length_penalty": 0.0},
+}
 
 
-class LanguageModelTraining(nn.Module):
-    """LaVIT with the loss of stage 2: one cross-entropy over text and codes, text weighted up as it is short."""
+class LanguageModelTraining(TrainingModel):
+    """LaVIT with the loss of stage 2: one cross-entropy over text and codes (paper Eq. 6)."""
 
-    def __init__(self, model: LavitForConditionalGeneration, recipe: dict):
+    def __init__(self, model: LavitForConditionalGeneration, recipe: LanguageModelRecipe):
         super().__init__()
-        self.recipe, self.augmentation = recipe["objective"], recipe["augmentation"]
-        self.close_augmentation = recipe["close_augmentation"] or self.augmentation
-        if recipe["lora"] and not recipe["start"] and not recipe["lora"].get("modules_to_save"):
-            raise ValueError(
-                "adapters alone cannot learn new visual ids: set lora.modules_to_save=[embed_tokens, lm_head]"
-            )
-        self.wrapped = get_peft_model(model, LoraConfig(**recipe["lora"])) if recipe["lora"] else model
+        self.objective, self.augmentation = recipe.objective, recipe.augmentation.model_dump()
+        lora = recipe.lora and LoraConfig(**recipe.lora.model_dump())
+        self.wrapped = get_peft_model(model, lora) if lora else model
         model.model.visual_tokenizer.requires_grad_(False)
-        model.model.understanding.requires_grad_(recipe["train_understanding"])
-        self._no_split_modules = model.model.language_model._no_split_modules  # what FSDP shards one by one
-        if self.recipe["visual_loss"] not in VISUAL_LOSSES:
-            raise ValueError(
-                f"objective.visual_loss must be one of {VISUAL_LOSSES}, got {self.recipe['visual_loss']!r}"
-            )
+        model.model.understanding.requires_grad_(recipe.train_understanding)
+        self._no_split_modules = model.model.language_model._no_split_modules
         self.regression_head = None
-        if self.recipe["visual_loss"] == "regression":
+        if self.objective.visual_loss == "regression":
             self.regression_head = RegressionHead(
                 model.config.text_config.hidden_size, model.config.visual_config.codebook_dim
             )
+        self.register_state_dict_post_hook(untie)
 
     @property
     def model(self) -> LavitForConditionalGeneration:
         """The model, with its adapters in it where there are some."""
         return self.wrapped.get_base_model() if isinstance(self.wrapped, PeftModel) else self.wrapped
 
-    def gradient_checkpointing_enable(self, **kwargs) -> None:
+    def activation_checkpointing_enable(self, **kwargs) -> None:
         """Called by the trainer where its arguments ask for it."""
         self.model.model.language_model.gradient_checkpointing_enable(**kwargs)
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.model.model.visual_tokenizer.eval()  # frozen, its statistics too
-        return self
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.24
 
-    def corrupt(self, input_ids: torch.Tensor, labels: torch.Tensor, noise: SampleNoise) -> torch.Tensor:
-        """Replaces a share of the target codes that are read back by random codes: drawing must survive its errors."""
-        vocabulary = self.model.config.vocabulary
-        uniform = noise.uniform(input_ids.shape[1], 2)
-        chosen = (uniform[..., 0] < self.recipe["code_corruption"]) & (labels >= vocabulary.visual_offset)
-        others = vocabulary.visual_offset + (uniform[..., 1] * vocabulary.codebook_size).long()
-        return torch.where(chosen, others, input_ids)
+    # What stages of other data may do otherwise.
 
-    def drop_features(
-        self, inputs: LavitInputs, noise: torch.Tensor
+    def pixel_values(self, images: torch.Tensor, noise: SampleNoise, **labels: torch.Tensor) -> torch.Tensor:
+        """Images (P, 3, S, S) in [0, 1] as the tokenizer's encoder takes them; `labels` (P, …): what else the data set
+        has of them."""
+        return normalize_images(augment(images, noise, **self.augmentation) if self.training else images)
+
+    def read_back(self, input_ids: torch.Tensor, labels: torch.Tensor, noise: SampleNoise) -> torch.Tensor:
+        """The ids (B, L) that the model is given where `labels` (B, L) are what it should write."""
+        return input_ids
+
+    def read_features(
+        self, inputs: LavitInputs, noise: SampleNoise
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Takes a random share of the features, up to `feature_dropout`, from the pictures that a sample reads: of few
-        pictures a language model learns by heart what it should read.
+        """Embeddings (B, L, E), mask and labels (B, L) of prompts whose slots are filled."""
+        return inputs.inputs_embeds, inputs.attention_mask, inputs.labels
 
-        Args:
-            inputs: right-padded, with labels.
-            noise: (B, 1 + N) in [0, 1); the first decides the share, each other one features of the sample.
-
-        Returns:
-            Embeddings (B, L, E), mask and labels (B, L), right-padded.
-        """
-        if not self.recipe["feature_dropout"]:
-            return inputs.inputs_embeds, inputs.attention_mask, inputs.labels
-        number = (inputs.is_feature.cumsum(1) - 1).clamp_min(0) % (noise.shape[1] - 1)
-        dropped = noise[:, 1:].gather(1, number) < noise[:, :1] * self.recipe["feature_dropout"]
-        kept = inputs.attention_mask.bool() & ~(inputs.is_feature & dropped)
-        order = (~kept).long().argsort(dim=1, stable=True)
-        mask = kept.gather(1, order)
-        labels = inputs.labels.gather(1, order).masked_fill(~mask, IGNORED_LABEL)
-        embeds = inputs.inputs_embeds.gather(1, order[..., None].expand_as(inputs.inputs_embeds))
-        return embeds, mask.long(), labels
-
-    def augmented(self, pictures: torch.Tensor, noise: SampleNoise, close: torch.Tensor) -> torch.Tensor:
-        """Pictures (P, 3, S, S) in [0, 1] to pixel values, those `close` (P,) by their own augmentation."""
-        views = augment(pictures, noise, **self.augmentation)
-        if close.any():
-            views = torch.where(close[:, None, None, None], augment(pictures, noise, **self.close_augmentation), views)
-        return normalize_pictures(views)
+    def weights(self, is_text: torch.Tensor) -> torch.Tensor:
+        """How much each target counts, (M,); `is_text` (M,): whether it is a text id."""
+        return torch.ones_like(is_text, dtype=torch.float32)
 
     def insert_codes(
         self,
@@ -139,7 +109,7 @@ class LanguageModelTraining(nn.Module):
         pixels: torch.Tensor,
         drawn: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fills the slots of drawn pictures, those of `pixels` (P, 3, S, S) where `drawn` (P,), with the ids of their
+        """Fills the slots of drawn images, those of `pixels` (P, 3, S, S) where `drawn` (P,), with the ids of their
         codes, which have a loss where the slot's `[/IMG]` has one."""
         vocabulary = self.model.config.vocabulary
         rows, label_rows = unpad(input_ids, attention_mask), unpad(labels, attention_mask)
@@ -147,7 +117,7 @@ class LanguageModelTraining(nn.Module):
         check_slots(slots, len(pixels))
         codes = iter(self.model.get_image_tokens(pixels[drawn]).split())
         nothing = input_ids.new_zeros(0)
-        fills = [next(codes) + vocabulary.visual_offset if is_drawn else nothing for is_drawn in drawn.tolist()]
+        fills = [vocabulary.ids_of(next(codes)) if is_drawn else nothing for is_drawn in drawn.tolist()]
         ends = [label[start + 1] for label, starts in zip(label_rows, slots, strict=True) for start in starts]
         label_fills = [
             torch.full_like(ids, IGNORED_LABEL) if end == IGNORED_LABEL else ids
@@ -162,151 +132,103 @@ class LanguageModelTraining(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Right-padded (B, L, …) to the hidden states (M, E) that predict something, and what, (M,)."""
         language_model = self.model.model.language_model
-        if self.recipe["packing"]:
-            embeds, positions, labels, mask = pack(
-                embeds, attention_mask, labels, self.recipe["packing"], IGNORED_LABEL
+        positions = {}
+        if self.objective.packing:
+            embeds, position_ids, labels, attention_mask = pack(
+                embeds, attention_mask, labels, self.objective.packing, IGNORED_LABEL
             )
-            states = language_model(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions
-            ).last_hidden_state
-            labelled = labels[:, 1:] != IGNORED_LABEL
-            return states[:, :-1][labelled], labels[:, 1:][labelled]
-        hidden, targets = [], []
-        lengths = attention_mask.sum(1)
-        for rows in lengths.argsort().chunk(self.recipe["length_groups"]):  # rows of like length: little padding
-            kept = slice(int(lengths[rows].max()))
-            states = language_model(
-                inputs_embeds=embeds[rows, kept], attention_mask=attention_mask[rows, kept]
-            ).last_hidden_state
-            labelled = labels[rows, kept][:, 1:] != IGNORED_LABEL
-            hidden.append(states[:, :-1][labelled])
-            targets.append(labels[rows, kept][:, 1:][labelled])
-        return torch.cat(hidden), torch.cat(targets)
+            positions = {"position_ids": position_ids}
+        states = language_model(inputs_embeds=embeds, attention_mask=attention_mask, **positions).last_hidden_state
+        labelled = labels[:, 1:] != IGNORED_LABEL
+        return states[:, :-1][labelled], labels[:, 1:][labelled]
+
+    def losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss (M,) of each hidden state (M, E) for what it should predict, (M,)."""
+        vocabulary = self.model.config.vocabulary
+        if self.regression_head is None:
+            return F.cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none")
+        is_code = vocabulary.is_code(targets)
+        codes = vocabulary.codes_of(targets[is_code])
+        targets = targets.masked_fill(is_code, vocabulary.boi_token_id)
+        losses = F.cross_entropy(self.model.lm_head(hidden).float(), targets, reduction="none")
+        vectors = self.model.model.visual_tokenizer.quantizer.codebook.weight[codes]
+        return losses.index_put((is_code,), self.regression_head.loss(hidden[is_code], vectors), accumulate=True)
 
     def forward(
         self,
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor,
-        pictures: torch.Tensor | None,
+        images: torch.Tensor | None,
         owner: torch.Tensor,
         drawn: torch.Tensor,
-        close: torch.Tensor,
         noise: SampleNoise,
         progress: float,
-    ):
+        **image_labels: torch.Tensor,
+    ) -> dict:
         model = self.model
-        offset = model.config.vocabulary.visual_offset
-        if pictures is not None:
-            pixels = self.augmented(pictures.float() / 255, noise.of(owner), close)
+        if images is not None:
+            pixels = self.pixel_values(images.float() / 255, noise.of(owner), **image_labels)
             if drawn.any():
                 input_ids, labels, attention_mask = self.insert_codes(input_ids, labels, attention_mask, pixels, drawn)
                 pixels = pixels[~drawn]
-        dropout_noise = noise.uniform(1 + model.config.visual_config.num_patches)
-        input_ids = self.corrupt(input_ids, labels, noise)
-        is_reading = pictures is not None and len(pixels) > 0
+        input_ids = self.read_back(input_ids, labels, noise)
+        is_reading = images is not None and len(pixels) > 0
         if is_reading:
             expanded = model.model.expand_inputs(input_ids, pixels, attention_mask, labels, padding_side="right")
-            embeds, attention_mask, labels = self.drop_features(expanded, dropout_noise)
+            embeds, attention_mask, labels = self.read_features(expanded, noise)
         else:
             embeds = model.get_input_embeddings()(input_ids)
         hidden, targets = self.states(embeds, attention_mask, labels)
-        is_text, is_code = targets < model.config.text_vocab_size, targets >= offset
-        if self.regression_head is not None:
-            codes, targets = (
-                targets[is_code] - offset,
-                targets.masked_fill(is_code, model.config.vocabulary.boi_token_id),
-            )
-        losses = F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="none")
-        if self.regression_head is not None:
-            vectors = model.model.visual_tokenizer.quantizer.codebook.weight[codes]
-            losses = losses.index_put((is_code,), self.regression_head.loss(hidden[is_code], vectors), accumulate=True)
-        weights = torch.where(is_text, self.recipe["text_weight"], 1.0)
-        kinds = {"code_loss": is_code, "text_loss": is_text}
-        metrics = {key: losses[kind].mean().detach() for key, kind in kinds.items() if kind.any()}
-        loss = ragged_mean(losses, weights)
+        losses = self.losses(hidden, targets)
+        is_text, is_code = targets < model.config.text_vocab_size, model.config.vocabulary.is_code(targets)
+        loss = ragged_mean(losses, self.weights(is_text))
         if isinstance(self, FSDPModule) and not is_reading:
             # other ranks may be reading, and sharded gradients are exchanged for the same parameters on all of them
             loss = loss + 0 * sum(p.sum() for p in model.model.understanding.parameters() if p.requires_grad)
-        return {"loss": loss, "metrics": metrics}
+        return {"loss": loss, "metrics": {"text_loss": losses[is_text], "code_loss": losses[is_code]}}
 
 
-@torch.no_grad()
-def tokenize_all(
-    tokenizer: LavitVisualTokenizer, pictures: PictureDataset, views: dict, seed: int
-) -> list[list[torch.Tensor]]:
-    """The codes of every picture and of `views["number"]` augmented views of it: of few pictures alone a language
-    model learns the sequences by heart.
+def untie(module: torch.nn.Module, state_dict: dict, prefix: str, metadata: dict) -> None:
+    """Copies tensors that share their memory, as tied embeddings do: safetensors refuses them."""
+    seen = set()
+    for key, tensor in state_dict.items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            state_dict[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def assemble_model(
+    text_config: LlamaConfig,
+    text_tokenizer: PreTrainedTokenizerBase,
+    visual_tokenizer: LavitVisualTokenizer,
+    recipe: LanguageModelRecipe,
+) -> tuple[LavitForConditionalGeneration, LavitProcessor]:
+    """A LaVIT of a language model's and a visual tokenizer's sizes, with random weights but for the understanding's
+    merger, and its processor.
 
     Args:
-        views: `number`, and the arguments of [`augment`].
+        text_config: its `vocab_size` becomes large enough for the visual ids.
+        text_tokenizer: with [`VISUAL_TOKENS`] right above its text ids.
     """
-    augmentation = {key: value for key, value in views.items() if key != "number"}
-    codes = [[] for _ in pictures.pictures]
-    for view in range(views["number"] + 1):
-        for rows in torch.arange(len(codes)).split(64):
-            pixels = pictures.pictures[rows].float() / 255
-            if view:
-                pixels = augment(pixels, SampleNoise(rows, view, seed), **augmentation)
-            tokens = tokenizer.tokenize(normalize_pictures(pixels).to(tokenizer.device))
-            for row, own in zip(rows.tolist(), tokens.split(), strict=True):
-                codes[row].append(own.cpu())
-    return codes
-
-
-def new_model(
-    recipe: dict, visual_tokenizer: LavitVisualTokenizer, texts: list[str] | None
-) -> tuple[LavitForConditionalGeneration, LavitProcessor]:
-    """A model around a visual tokenizer, and its processor: with a pretrained language model, whose embeddings grow by
-    the visual ids, or with a new one, whose text tokenizer is trained on `texts`.
-
-    Raises:
-        ValueError: the recipe names neither, or both; or there are no texts.
-    """
-    if (recipe["language_model"] is None) == (recipe["text_model"] is None):
-        raise ValueError(
-            "the recipe needs either language_model (a pretrained one) or text_model (sizes of a new one)"
-        )
     visual_config = visual_tokenizer.config
-    pretrained = None
-    if recipe["language_model"]:
-        pretrained = AutoModelForCausalLM.from_pretrained(recipe["language_model"], dtype=torch.float32)
-        text_tokenizer = AutoTokenizer.from_pretrained(
-            recipe["language_model"],
-            padding_side="left",
-            extra_special_tokens={key: AddedToken(token, special=True) for key, token in VISUAL_TOKENS.items()},
-        )
-        if text_tokenizer.pad_token is None:
-            text_tokenizer.pad_token = text_tokenizer.eos_token
-        text_config = pretrained.config
-    else:
-        if texts is None:
-            raise ValueError(
-                "text_model needs pictures with name and style; other data need a pretrained language_model"
-            )
-        text_config = LlamaConfig(**recipe["text_model"])
-        text_tokenizer = train_text_tokenizer(texts, recipe["text_vocab_size"], text_config.max_position_embeddings)
     size = {"height": visual_config.image_size, "width": visual_config.image_size}
     processor = LavitProcessor(
         LavitImageProcessor(size=size), text_tokenizer, codebook_size=visual_config.codebook_size
     )
-    needed = processor.visual_offset + visual_config.codebook_size
-    if pretrained is not None:
-        pretrained.resize_token_embeddings(max(needed, text_config.vocab_size))
-    else:
-        text_config.vocab_size = needed
     for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
         setattr(text_config, key, getattr(text_tokenizer, key))
+    text_config.vocab_size = max(text_config.vocab_size, processor.visual_offset + visual_config.codebook_size)
     config = LavitConfig(
         text_config=text_config,
         visual_config=visual_config,
         text_vocab_size=processor.boi_token_id,
         tie_word_embeddings=text_config.tie_word_embeddings,
     )
-    model = LavitForConditionalGeneration._from_config(config, attn_implementation=recipe["attn_implementation"])
-    if pretrained is not None:
-        model.model.language_model.load_state_dict(pretrained.model.state_dict())
-        model.lm_head.load_state_dict(pretrained.lm_head.state_dict())
+    model = LavitForConditionalGeneration._from_config(config, attn_implementation=recipe.attn_implementation)
     model.model.understanding.merger.load_state_dict(visual_tokenizer.merger.state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=text_tokenizer.bos_token_id,
@@ -316,130 +238,113 @@ def new_model(
     return model, processor
 
 
-def build_model(recipe: dict, texts: list[str] | None) -> tuple[LavitForConditionalGeneration, LavitProcessor]:
-    """The recipe's `start`, with the visual tokenizer of `tokenizer` in it if that is named too; else [`new_model`].
+def from_language_model(
+    recipe: LanguageModelRecipe, visual_tokenizer: LavitVisualTokenizer
+) -> tuple[LavitForConditionalGeneration, LavitProcessor]:
+    """A LaVIT of a pretrained language model, whose embeddings grow by the visual ids."""
+    pretrained = AutoModelForCausalLM.from_pretrained(recipe.language_model, dtype=torch.float32)
+    text_tokenizer = AutoTokenizer.from_pretrained(
+        recipe.language_model,
+        padding_side="left",
+        extra_special_tokens={key: AddedToken(token, special=True) for key, token in VISUAL_TOKENS.items()},
+    )
+    if text_tokenizer.pad_token is None:
+        text_tokenizer.pad_token = text_tokenizer.eos_token
+    needed = text_tokenizer.convert_tokens_to_ids("[/IMG]") + 1 + visual_tokenizer.config.codebook_size
+    pretrained.resize_token_embeddings(max(needed, pretrained.config.vocab_size))
+    model, processor = assemble_model(pretrained.config, text_tokenizer, visual_tokenizer, recipe)
+    model.model.language_model.load_state_dict(pretrained.model.state_dict())
+    model.lm_head.load_state_dict(pretrained.lm_head.state_dict())
+    model.generation_config.generation_presets = PAPER_PRESETS
+    return model, processor
+
+
+def put_tokenizer(model: LavitForConditionalGeneration, visual_tokenizer: LavitVisualTokenizer) -> None:
+    """Gives a model the weights of a visual tokenizer.
+
+    Raises:
+        ValueError: the two do not fit.
+    """
+    own, given = model.config.visual_config, visual_tokenizer.config
+    for key in VISUAL_SIZES:
+        if getattr(own, key) != getattr(given, key):
+            raise ValueError(f"start and tokenizer have different {key}: {getattr(own, key)}, {getattr(given, key)}")
+    model.model.visual_tokenizer.load_state_dict(visual_tokenizer.state_dict())
+
+
+def build_model(recipe: LanguageModelRecipe) -> tuple[LavitForConditionalGeneration, LavitProcessor]:
+    """The recipe's `start`, with the visual tokenizer of `tokenizer` in it if that is named too; or its
+    `language_model` with that tokenizer.
 
     Raises:
         ValueError: the two do not fit.
     """
     visual_tokenizer = None
-    if recipe["tokenizer"]:
-        folder = Path(recipe["tokenizer"])
-        visual_tokenizer = LavitVisualTokenizer.from_pretrained(folder / "visual_tokenizer", dtype=torch.float32)
-    if recipe["start"]:
+    if recipe.tokenizer:
+        folder = result_of("tokenizer", recipe.tokenizer, "visual_tokenizer")
+        visual_tokenizer = LavitVisualTokenizer.from_pretrained(folder, dtype=torch.float32)
+    if recipe.start:
         model = LavitForConditionalGeneration.from_pretrained(
-            recipe["start"], dtype=torch.float32, attn_implementation=recipe["attn_implementation"]
+            recipe.start, dtype=torch.float32, attn_implementation=recipe.attn_implementation
         )
-        processor = LavitProcessor.from_pretrained(recipe["start"])
+        processor = LavitProcessor.from_pretrained(recipe.start)
     else:
-        model, processor = new_model(recipe, visual_tokenizer, texts)
+        model, processor = from_language_model(recipe, visual_tokenizer)
     if visual_tokenizer is not None:
-        own, given = model.config.visual_config, visual_tokenizer.config
-        for key in VISUAL_SIZES:
-            if getattr(own, key) != getattr(given, key):
-                raise ValueError(
-                    f"start and tokenizer have different {key}: {getattr(own, key)}, {getattr(given, key)}"
-                )
-        model.model.visual_tokenizer.load_state_dict(visual_tokenizer.state_dict())
+        put_tokenizer(model, visual_tokenizer)
     model.model.visual_tokenizer.eval()  # it is frozen, its statistics too
-    if recipe["generation_presets"]:
-        model.generation_config.generation_presets = recipe["generation_presets"]
+    if recipe.generation_presets:
+        model.generation_config.generation_presets = recipe.generation_presets
     return model, processor
 
 
-def imagine_for(
-    recipe: dict, model: LavitForConditionalGeneration, processor: LavitProcessor, pictures, codes, seed: int
-) -> list[ImaginedPicture]:
-    """What [`imagine`] makes by the recipe's section, drawn by `imagined.model`, or by the recipe's start.
-
-    Raises:
-        ValueError: there is no model that can draw, or one with other codes.
-    """
-    section = recipe["imagined"]
-    if not section["number"]:
-        return []
-    if section["model"]:
-        start, model = model, LavitForConditionalGeneration.from_pretrained(section["model"], dtype=torch.float32)
-        model.to(start.device)
-        codebooks = (one.model.visual_tokenizer.quantizer.codebook.weight for one in (start, model))
-        if not torch.equal(*codebooks):
-            raise ValueError(f"imagined.model {section['model']} has other codes than the tokenizer of this run")
-    elif not recipe["start"]:
-        raise ValueError("imagined.number needs a model that can draw and read: a start, or imagined.model")
-    how = section["number"], section["source"], section["guidance_scale"]
-    return imagine(model, processor, pictures, codes, *how, seed, section["check_style"])
-
-
-def build_samples(recipe: dict, pictures, model: LavitForConditionalGeneration, processor: LavitProcessor):
-    """The data set of samples that the recipe's `mixture` describes."""
-    seed = recipe["training_arguments"].get("seed", 42)
-    dropout = recipe["objective"]["prompt_dropout"]
-    if isinstance(pictures, PictureDataset):
-        device, guided = process_state().device, None
-        model.to(device)
-        codes = tokenize_all(model.model.visual_tokenizer, pictures, recipe["code_views"], seed)
-        imagined = imagine_for(recipe, model, processor, pictures, codes, seed)
-        model.to("cpu")
-        if recipe["guided"]["number"]:
-            guided = blend_and_name(pictures, recipe["guided"]["guides"], recipe["guided"]["number"], seed, device)
-        extra = imagined, recipe["imagined"]["share"], guided, recipe["guided"]["share"]
-        return PictureSamples(pictures, codes, processor, recipe["mixture"], dropout, seed, *extra)
-    size = model.config.visual_config.image_size
-    texts = load_source(recipe["text_data"], size, with_pictures=False) if recipe["text_data"] else None
-    instructions = load_source(recipe["instruction_data"], size) if recipe["instruction_data"] else None
-    if isinstance(texts, SourceStream) or isinstance(instructions, SourceStream):
-        raise ValueError("rows of text_data and instruction_data are drawn at random: they cannot be streamed")
-    codes, max_length = pictures.reader.columns.codes, model.config.text_config.max_position_embeddings
-    if codes and recipe["augmentation"].get("share"):
-        raise ValueError("precomputed codes are those of pictures as they are: set augmentation.share to 0")
-    kind: type[SourceSamples] = SourceSampleStream if isinstance(pictures, SourceStream) else SourceSampleList
-    return kind(
-        pictures,
-        processor,
-        recipe["mixture"],
-        dropout,
-        recipe["images_per_sample"],
-        texts,
-        instructions,
-        seed,
-        max_length,
-    )
-
-
-def picture_size(recipe: dict) -> int:
-    """The side in pixels of the pictures that the recipe's visual tokenizer takes.
-
-    Raises:
-        ValueError: the recipe names none.
-    """
-    if recipe["tokenizer"]:
-        folder = result_of("tokenizer", recipe["tokenizer"], "visual_tokenizer")
+def image_size(recipe: LanguageModelRecipe) -> int:
+    """The side in pixels of the images that the recipe's visual tokenizer takes."""
+    if recipe.tokenizer:
+        folder = result_of("tokenizer", recipe.tokenizer, "visual_tokenizer")
         return LavitVisualTokenizerConfig.from_pretrained(folder).image_size
-    if recipe["start"]:
-        if "/" not in recipe["start"]:  # no repository either
-            result_of("language-model", recipe["start"], "config.json")
-        return LavitConfig.from_pretrained(recipe["start"]).visual_config.image_size
-    raise ValueError("the recipe needs a tokenizer (result of stage 1) or a start (a LaVIT checkpoint)")
+    if "/" not in recipe.start:  # no repository either
+        result_of("language-model", recipe.start, "config.json")
+    return LavitConfig.from_pretrained(recipe.start).visual_config.image_size
 
 
-def build(recipe: dict):
-    pictures = load_pictures(recipe["data"], picture_size(recipe))
-    texts = sentences(pictures.names, pictures.styles) if isinstance(pictures, PictureDataset) else None
-    model, processor = build_model(recipe, texts)
-    return LanguageModelTraining(model, recipe), build_samples(recipe, pictures, model, processor), []
+class LanguageModelStage(Stage):
+    """Stage 2."""
 
+    recipe_class = LanguageModelRecipe
 
-@torch.no_grad()
-def finish(model: LanguageModelTraining, dataset, recipe: dict, output: Path) -> None:
-    """Writes model and processor; adapters by themselves, with the understanding beside them if it was trained, and
-    merged into the model."""
-    whole = model.model
-    if isinstance(model.wrapped, PeftModel):
-        model.wrapped.save_pretrained(output / "adapter")
-        if recipe["train_understanding"]:
-            save_file(whole.model.understanding.state_dict(), output / "adapter" / "understanding.safetensors")
-        whole = model.wrapped.merge_and_unload()
-    whole.save_pretrained(output)
-    dataset.sequences.processor.save_pretrained(output)
-    if model.regression_head is not None:
-        model.regression_head.save(output)
+    def build(self, recipe: LanguageModelRecipe) -> Parts:
+        size, seed = image_size(recipe), recipe.training_arguments.seed
+        dataset, validation = load_data(recipe.data, size, seed)
+        if dataset.reader.columns.codes and recipe.augmentation.share:
+            raise ValueError("precomputed codes are those of images as they are: set augmentation.share to 0")
+        texts = load_source(recipe.text_data, size, seed, with_images=False) if recipe.text_data else None
+        instructions = load_source(recipe.instruction_data, size, seed) if recipe.instruction_data else None
+        model, processor = build_model(recipe)
+        sequences = Sequences(processor, model.config.vocabulary, recipe.objective.prompt_dropout)
+        max_length = model.config.text_config.max_position_embeddings
+
+        def samples(images) -> SourceSamples:
+            kind = SourceSampleStream if isinstance(images, SourceStream) else SourceSampleList
+            more = texts, instructions, seed, max_length
+            return kind(images, sequences, recipe.mixture, recipe.images_per_sample, *more)
+
+        training = LanguageModelTraining(model, recipe)
+        return Parts(training, samples(dataset), None if validation is None else samples(validation))
+
+    def finish(self, model: LanguageModelTraining, parts: Parts, recipe: LanguageModelRecipe, output: Path) -> None:
+        """Writes the model, which draws too if the start does; adapters also by themselves, with the understanding
+        beside them if it was trained."""
+        whole, processor = model.model, parts.dataset.sequences.processor
+        if isinstance(model.wrapped, PeftModel):
+            model.wrapped.save_pretrained(output / "adapter")
+            if recipe.train_understanding:
+                save_file(whole.model.understanding.state_dict(), output / "adapter" / "understanding.safetensors")
+            whole = model.wrapped.merge_and_unload()
+        if recipe.start and not recipe.tokenizer and is_whole(recipe.start):
+            write_whole(whole, processor, output, base=recipe.start)
+        else:
+            whole.save_pretrained(output)
+            processor.save_pretrained(output)
+        if model.regression_head is not None:
+            model.regression_head.save(output)

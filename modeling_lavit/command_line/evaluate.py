@@ -12,7 +12,7 @@ from pathlib import Path
 from .common import Parser, model_source, positive_number, seed_number
 
 
-EMOJI_REPORT = "modeling_lavit.evaluation.report"
+EMOJI_REPORT = "modeling_lavit.evaluation.emoji.report"
 JAVA_METRICS = ("METEOR", "SPICE")
 PROTOCOLS = ("official", "lavit", "lmms-eval")
 

@@ -32,7 +32,7 @@ Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where the
 DELEGATED = {
     "train": ("modeling_lavit.training.run", "train one stage from its recipe file"),
     "evaluate": (".evaluate", "score captions, answers, drawings, visual tokens; of a model or from files"),
-    "show": ("modeling_lavit.evaluation.show", "show training curves, codes, kept patches, reconstructions"),
+    "show": ("modeling_lavit.evaluation.show", "show codes, kept patches, reconstructions"),
     "convert": (
         "modeling_lavit.conversion.__main__",
         "turn an official checkpoint directory into one that loads",

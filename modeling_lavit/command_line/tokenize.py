@@ -28,6 +28,7 @@ DATASET_OPTIONS = (
     "batch_size",
     "shard_size",
     "keep_images",
+    "allow_local_paths",
     "ray",
 )
 
@@ -64,6 +65,12 @@ def add_commands(add) -> None:
     group.add_argument("--batch-size", type=positive_number, metavar="N", help="images at once (default: 64)")
     group.add_argument("--shard-size", type=positive_number, metavar="N", help="rows for each file (default: 4096)")
     group.add_argument("--keep-images", action="store_true", default=None, help="write the images too")
+    group.add_argument(
+        "--allow-local-paths",
+        action="store_true",
+        default=None,
+        help="also read images that rows name by paths outside the folder of the data",
+    )
     group.add_argument(
         "--ray",
         type=positive_number,
@@ -128,12 +135,12 @@ def _tokenize_dataset(options: argparse.Namespace):
     given = {name: value for name in DATASET_OPTIONS if (value := getattr(options, name)) is not None}
     given |= {"model": model_source(options, ("lavit", "lavit_visual_tokenizer")), "keep_ratio": options.keep_ratio}
     if workers := given.pop("ray", None):
-        from modeling_lavit.training.tokenize_ray import tokenize_with_ray
+        from modeling_lavit.training.data.tokenize_ray import tokenize_with_ray
 
         print(tokenize_with_ray(options.dataset, workers=workers, device=options.device, **given))
         return
-    from modeling_lavit.training.sources import process_state
-    from modeling_lavit.training.tokenize_dataset import tokenize_dataset
+    from modeling_lavit.training.data.tokenize_dataset import tokenize_dataset
+    from modeling_lavit.training.distributed import process_state
 
     # gives each process its GPU
     process_state()
