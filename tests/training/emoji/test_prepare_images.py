@@ -189,7 +189,7 @@ def test_only_the_six_licensed_sets_are_ever_fetched():
 # ---- drawing ----
 
 
-def test_pictures_are_rgb_on_white_at_the_asked_size():
+def test_images_are_rgb_on_white_at_the_asked_size():
     image = emoji.rasterise(emoji.icon_to_svg(icon_set({"x": SQUARE.format(color="#00f")})["icons"], "x", 32))
     assert image.mode == "RGB" and image.size == (32, 32)
     assert image.getpixel((1, 1)) == (255, 255, 255) and image.getpixel((16, 16)) == (0, 0, 255)
@@ -203,7 +203,7 @@ def test_an_icon_that_is_not_square_keeps_its_proportions():
     assert red[8:24].all() and not red[:8].any() and not red[24:].any()
 
 
-def test_a_flipped_alias_is_the_mirrored_picture():
+def test_a_flipped_alias_is_the_mirrored_image():
     icons = icon_set({"x": LEFT_HALF}, aliases={"y": {"parent": "x", "hFlip": True}})["icons"]
     original, mirrored = (np.asarray(emoji.rasterise(emoji.icon_to_svg(icons, name, 32))) for name in "xy")
     assert not np.array_equal(original, mirrored)
@@ -244,7 +244,7 @@ def test_a_run_writes_an_image_folder_and_reports_what_it_left_out(tmp_path, loc
     assert "1 icons left out" in errors and "blob cat" in errors
 
 
-def test_a_second_run_keeps_finished_pictures_and_draws_missing_ones(tmp_path, local_packages):
+def test_a_second_run_keeps_finished_images_and_draws_missing_ones(tmp_path, local_packages):
     output = tmp_path / "emoji"
     first = emoji.prepare(output, ["Animals"], size=32)
     kept, missing = (output / row["file_name"] for row in first[:2])
@@ -254,16 +254,16 @@ def test_a_second_run_keeps_finished_pictures_and_draws_missing_ones(tmp_path, l
     assert missing.exists() and kept.stat().st_mtime_ns == written_at
 
 
-def test_the_same_picture_twice_is_kept_once(tmp_path, local_packages, monkeypatch, capsys):
+def test_the_same_image_twice_is_kept_once(tmp_path, local_packages, monkeypatch, capsys):
     monkeypatch.setattr(emoji, "JOIN_EXCEPTIONS", {("flat", "1f415"): "cat"})
     rows = emoji.prepare(tmp_path / "emoji", ["Animals"], size=32)
     assert ("dog", "flat") not in {(row["name"], row["style"]) for row in rows}
-    assert "flat dog: the same picture as flat cat" in capsys.readouterr().err
+    assert "flat dog: the same image as flat cat" in capsys.readouterr().err
 
 
 def test_the_command_prints_counts_and_turns_errors_into_one_line(tmp_path, local_packages, capsys):
     emoji.main(["--output", str(tmp_path / "emoji"), "--categories", "all", "--size", "32"])
-    assert "17 pictures of 3 names" in capsys.readouterr().out
+    assert "17 images of 3 names" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="^error: Unknown categories"):
         emoji.main(["--output", str(tmp_path / "emoji"), "--categories", "Nonsense"])
 
@@ -279,7 +279,7 @@ def test_the_samples_cover_every_style_and_split_and_agree_with_the_held_out_lis
     assert all(splits[row["name"], row["style"]] == row["split"] for row in rows)
 
 
-def test_the_samples_are_96_pixel_rgb_pictures_under_400_kilobytes_in_all():
+def test_the_samples_are_96_pixel_rgb_images_under_400_kilobytes_in_all():
     for row in read_lines(SAMPLES / "metadata.jsonl"):
         with Image.open(SAMPLES / row["file_name"]) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (96, 96))
