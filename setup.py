@@ -31,7 +31,7 @@ class BuildWithModelCard(build_py):
 setup(
     name="lavit-hf",
     version="0.1.0",
-    description="LaVIT: a language model that reads and draws pictures, native to the Hugging Face Hub",
+    description="LaVIT: a language model that reads and draws images, native to the Hugging Face Hub",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -54,7 +54,7 @@ setup(
         "torch>=2.6",
         "transformers>=5.16,<6",
         "diffusers>=0.40,<1",
-        "accelerate>=1.1",
+        "accelerate>=1.10.1",
         "huggingface_hub>=1.23",
         "safetensors",
         "pillow",
@@ -71,7 +71,7 @@ setup(
         "quantization": ["torchao"],
         "docs": ["furo", "myst-parser", "sphinx"],
         "dev": [
-            "lavit-hf[train,evaluate,app,serve,ray,convert]",
+            "lavit-hf[train,evaluate,app,serve,ray,convert,docs]",
             "openai",
             "parameterized",
             "pre-commit",
@@ -84,9 +84,11 @@ setup(
             "ruff",
             "scipy",
             "setuptools",
+            "torchsde",
             "trl",
         ],
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],
+    entry_points={"lmms_eval.models": ["lavit = modeling_lavit.evaluation.lmms_eval_models:manifest"]},
 )

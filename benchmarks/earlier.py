@@ -1,4 +1,4 @@
-"""Text to picture as another commit of this repository does it: its code, its checkpoint, a process of its own."""
+"""Text to image as another commit of this repository does it: its code, its checkpoint, a process of its own."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-# "The embedded checkpoint lavit-emoji", the end of the first issue
+# "The embedded checkpoint lavit-emoji", the first published state
 FIRST_ISSUE = "c982cfb3fde76a4389681c3a235199dbdb647065"
 
 PROGRAM = """
@@ -54,10 +54,10 @@ class Painter:
         self.steps = self._answer("ready")
 
     def draw(self, batches: list[list[str]]) -> str:
-        """Draws batch after batch; says how long the pictures' sequences are."""
+        """Draws batch after batch; says how long the images' sequences are."""
         self.process.stdin.write(json.dumps(batches) + "\n")
         self.process.stdin.flush()
-        return f"{float(self._answer('drawn')):.0f} tokens a picture, {self.steps} denoising steps"
+        return f"{float(self._answer('drawn')):.0f} tokens an image, {self.steps} denoising steps"
 
     def _answer(self, mark: str) -> str:
         for line in self.process.stdout:
@@ -72,7 +72,7 @@ class Painter:
 
 
 def today_and_first(resources: ExitStack) -> tuple[Painter, Painter]:
-    """Painters of this checkout and of the first issue's end; `resources` ends both and removes what was extracted.
+    """Painters of this checkout and of the first published state; `resources` ends both and removes their files.
 
     Raises:
         Skipped: this is no git checkout, or a shallow one without that commit.

@@ -45,13 +45,13 @@ class Comparison:
     """Two ways, and by how much the first should be faster.
 
     Args:
-        bar: the least ratio asked for.
+        target: the least ratio asked for.
         resources: what both ways hold outside this process.
     """
 
     ours: Way
     other: Way
-    bar: float | None = None
+    target: float | None = None
     resources: ExitStack = field(default_factory=ExitStack)
 
     def measure(self, repeats: int):

@@ -11,7 +11,7 @@ STAGES = {
     "load the language model": """
 model = LavitForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
 """,
-    "read a picture": """
+    "read an image": """
 model = LavitForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
 size = model.config.visual_config.image_size
 model.get_image_tokens(torch.randn(1, 3, size, size))
@@ -21,7 +21,7 @@ pipe = LavitPipeline.from_pretrained(checkpoint, dtype=dtype)
 pipe.set_progress_bar_config(disable=True)
 pipe.generate_visual_tokens("red apple")
 """,
-    "draw a picture": """
+    "draw an image": """
 pipe = LavitPipeline.from_pretrained(checkpoint, dtype=dtype)
 pipe.set_progress_bar_config(disable=True)
 pipe("red apple")

@@ -2,10 +2,10 @@
 
     python benchmarks/official_checkpoint.py write DIR
     python benchmarks/official_checkpoint.py convert DIR OUT [--dtype bfloat16]
-    python benchmarks/official_checkpoint.py caption OUT PICTURE
+    python benchmarks/official_checkpoint.py caption OUT IMAGE
 
 `write` makes about 26 GB, shard by shard; `convert` runs the conversion and prints its time, rate and peak memory;
-`caption` loads the result in bfloat16, captions one picture and prints the same. Shapes: those of the released files.
+`caption` loads the result in bfloat16, captions one image and prints the same. Shapes: those of the released files.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _block(block: str, self_attention: str, cross_attention: str) -> dict[str, t
 
 
 def merger() -> dict[str, tuple]:
-    """What `language_model/visual_weight.bin` says anew, but for the projection."""
+    """What `language_model/visual_weight.bin` says again, but for the projection."""
     shapes = norm("causal_encoder.ln_vision") | norm("causal_encoder.norm")
     for i in range(12):
         shapes |= _block(f"causal_encoder.blocks.{i}", "token_causal_attn", "token_cross_attn")
@@ -259,22 +259,22 @@ def convert(folder: Path, output: Path, dtype: str | None) -> None:
     probe.unlink()
 
 
-def caption(folder: Path, picture: str) -> None:
+def caption(folder: Path, image: str) -> None:
     script = (
         "import sys, time, torch; from PIL import Image\n"
         "from transformers import AutoModelForMultimodalLM, AutoProcessor\n"
         "import modeling_lavit\n"
-        "folder, picture = sys.argv[1:]; started = time.time()\n"
+        "folder, image = sys.argv[1:]; started = time.time()\n"
         "model = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.bfloat16)\n"
         "processor = AutoProcessor.from_pretrained(folder)\n"
         "print(f'loaded in {time.time() - started:.0f} s, {model.num_parameters() / 1e9:.2f} billion parameters')\n"
-        "started = time.time(); inputs = processor(images=Image.open(picture), return_tensors='pt')\n"
+        "started = time.time(); inputs = processor(images=Image.open(image), return_tensors='pt')\n"
         "ids = model.generate(**inputs, generation_preset='caption')\n"
         "new = ids.shape[1] - inputs['input_ids'].shape[1]\n"
         "text = processor.post_process_answer(ids, input_ids=inputs['input_ids'])[0]\n"
         "print(f'captioned in {time.time() - started:.0f} s, {new} tokens: {text!r}')\n"
     )
-    print(Watch(subprocess.Popen([sys.executable, "-c", script, str(folder), picture])))
+    print(Watch(subprocess.Popen([sys.executable, "-c", script, str(folder), image])))
 
 
 def main() -> None:
@@ -287,14 +287,14 @@ def main() -> None:
     converting.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     captioning = commands.add_parser("caption")
     captioning.add_argument("folder", type=Path)
-    captioning.add_argument("picture")
+    captioning.add_argument("image")
     options = parser.parse_args()
     if options.command == "write":
         write(options.folder)
     elif options.command == "convert":
         convert(options.folder, options.output, options.dtype)
     else:
-        caption(options.folder, options.picture)
+        caption(options.folder, options.image)
 
 
 if __name__ == "__main__":

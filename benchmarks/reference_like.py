@@ -29,7 +29,7 @@ def quantize(quantizer: LavitQuantizer, features: torch.Tensor) -> torch.Tensor:
 
 
 def tokenize(tokenizer: LavitVisualTokenizer, pixel_values: torch.Tensor, **selection) -> torch.Tensor:
-    """Pictures to codes; build the tokenizer with `attn_implementation="eager"`."""
+    """Images to codes; build the tokenizer with `attn_implementation="eager"`."""
     features = tokenizer.encode_patches(pixel_values)
     keep_mask, _ = tokenizer.select(features, **selection)
     return quantize(tokenizer.quantizer, merge(tokenizer.merger, features, keep_mask))

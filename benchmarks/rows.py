@@ -73,12 +73,12 @@ def random_mask(batch: int, patches: int, share: float = KEPT_SHARE) -> torch.Te
     return torch.zeros(batch, patches, dtype=torch.bool).scatter(1, scores.topk(round(share * patches)).indices, True)
 
 
-def random_pictures(count: int, size: int = 224) -> torch.Tensor:
+def random_images(count: int, size: int = 224) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def encoder_operations(config: LavitVisualTokenizerConfig) -> float:
-    """Floating-point operations of one picture in the encoder, a multiplication and an addition being two."""
+    """Floating-point operations of one image in the encoder, a multiplication and an addition being two."""
     tokens, width = config.num_patches + 1, config.hidden_size
     matrices = width * (4 * width + 2 * config.intermediate_size)
     attention = 2 * tokens * width
@@ -140,30 +140,30 @@ def drawing(model: LavitForConditionalGeneration, options: Options, rows: int = 
 
 @row
 def merger(options: Options) -> Comparison:
-    """Merger, one picture, 36 % kept, float32"""
+    """Merger, one image, 36 % kept, float32"""
     config = visual_config(options, attention_epsilon=0)
     merger, features, mask = _merger_and_input(config)
     return Comparison(
         Way("kept tokens only", lambda: merger(features, mask)),
         Way("dense", lambda: reference_like.merge(merger, features, mask)),
-        bar=2.3,
+        target=2.3,
     )
 
 
 @row
 def merger_batch(options: Options) -> Comparison:
-    """Merger, four pictures, 36 % kept, float32"""
-    merger, features, mask = _merger_and_input(visual_config(options, attention_epsilon=0), pictures=4)
+    """Merger, four images, 36 % kept, float32"""
+    merger, features, mask = _merger_and_input(visual_config(options, attention_epsilon=0), images=4)
     return Comparison(
         Way("kept tokens only", lambda: merger(features, mask)),
         Way("dense", lambda: reference_like.merge(merger, features, mask)),
-        bar=2.3,
+        target=2.3,
     )
 
 
 @row
 def merger_with_leak(options: Options) -> Comparison:
-    """Merger with the official leak, one picture, 36 % kept, float32"""
+    """Merger with the official leak, one image, 36 % kept, float32"""
     merger, features, mask = _merger_and_input(visual_config(options))
     return Comparison(
         Way("exact", lambda: merger(features, mask)),
@@ -173,7 +173,7 @@ def merger_with_leak(options: Options) -> Comparison:
 
 @row
 def merger_kept_only(options: Options) -> Comparison:
-    """Merger with the official leak over kept rows, one picture, 36 % kept, float32"""
+    """Merger with the official leak over kept rows, one image, 36 % kept, float32"""
     merger, features, mask = _merger_and_input(visual_config(options, kept_only=True))
     return Comparison(
         Way("kept_only=True", lambda: merger(features, mask)),
@@ -182,11 +182,11 @@ def merger_kept_only(options: Options) -> Comparison:
 
 
 def _merger_and_input(
-    config: LavitVisualTokenizerConfig, pictures: int = 1
+    config: LavitVisualTokenizerConfig, images: int = 1
 ) -> tuple[LavitTokenMerger, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    features = torch.randn(pictures, config.num_patches, config.hidden_size)
-    return LavitTokenMerger(config).eval(), features, random_mask(pictures, config.num_patches)
+    features = torch.randn(images, config.num_patches, config.hidden_size)
+    return LavitTokenMerger(config).eval(), features, random_mask(images, config.num_patches)
 
 
 @row
@@ -206,7 +206,7 @@ def _encoder_and_matmul(options: Options, dtype: torch.dtype) -> Comparison:
     layers = min(8, options.encoder_layers)
     config = visual_config(options, merger_num_hidden_layers=1, num_hidden_layers=layers)
     tokenizer = _tokenizer(config, dtype)
-    pixel_values = random_pictures(1)
+    pixel_values = random_images(1)
     tokens = config.num_patches + 1
     left = torch.randn(tokens, config.hidden_size).to(dtype)
     # as many different matrices as do not fit a cache
@@ -219,31 +219,31 @@ def _encoder_and_matmul(options: Options, dtype: torch.dtype) -> Comparison:
     return Comparison(
         Way("encoder", lambda: tokenizer.encode_patches(pixel_values), encoder_operations(config)),
         Way("matrix products", products, 2.0 * len(matrices) * left.numel() * config.intermediate_size),
-        bar=0.8,
+        target=0.8,
     )
 
 
 @row
 def tokenizer(options: Options) -> Comparison:
-    """Visual tokenizer, one picture, 36 % kept"""
+    """Visual tokenizer, one image, 36 % kept, bfloat16 beside float32"""
     config = visual_config(options)
     plain = _tokenizer(config, torch.float32, attn_implementation="eager")
     ours = _tokenizer(visual_config(options, attention_epsilon=0), torch.bfloat16)
-    pixel_values = random_pictures(1)
+    pixel_values = random_images(1)
     return Comparison(
         Way("kept tokens only, bfloat16", lambda: ours.tokenize(pixel_values, keep_ratio=KEPT_SHARE)),
         Way(
             "dense, eager, float32",
             lambda: reference_like.tokenize(plain, pixel_values, keep_ratio=KEPT_SHARE),
         ),
-        bar=2.5,
+        target=2.5,
     )
 
 
 @row
 def guidance(options: Options) -> Comparison:
     """Drawing with guidance, weights exceed the cache, bfloat16"""
-    return _one_batch_and_two_passes(options, torch.bfloat16, bar=1.7)
+    return _one_batch_and_two_passes(options, torch.bfloat16, target=1.7)
 
 
 @row
@@ -252,7 +252,7 @@ def guidance_float32(options: Options) -> Comparison:
     return _one_batch_and_two_passes(options, torch.float32)
 
 
-def _one_batch_and_two_passes(options: Options, dtype: torch.dtype, bar: float | None = None) -> Comparison:
+def _one_batch_and_two_passes(options: Options, dtype: torch.dtype, target: float | None = None) -> Comparison:
     model = language_model(options).to(dtype)
     boi = model.config.vocabulary.boi_token_id
     input_ids = torch.tensor([[1, *range(3, 9), boi]])
@@ -272,7 +272,7 @@ def _one_batch_and_two_passes(options: Options, dtype: torch.dtype, bar: float |
         )
 
     return Comparison(
-        Way("one batch", drawing(model, options, guidance_scale=3.0)), Way("two passes", two_passes), bar=bar
+        Way("one batch", drawing(model, options, guidance_scale=3.0)), Way("two passes", two_passes), target=target
     )
 
 
@@ -356,23 +356,23 @@ PROMPTS = ("red apple", "sunflower", "tiger face in noto style", "pizza")
 
 @row
 def text_to_image(options: Options) -> Comparison:
-    """Text to picture of the embedded checkpoint, one picture after the other"""
-    return _today_and_first([[prompt] for prompt in PROMPTS], bar=2)
+    """Text to image of the embedded checkpoint, one image after the other"""
+    return _today_and_first([[prompt] for prompt in PROMPTS], target=2)
 
 
 @row
 def text_to_image_batch(options: Options) -> Comparison:
-    """Text to picture of the embedded checkpoint, eight pictures at once"""
+    """Text to image of the embedded checkpoint, eight images at once"""
     return _today_and_first([[*PROMPTS, *PROMPTS]])
 
 
-def _today_and_first(batches: list[list[str]], bar: float | None = None) -> Comparison:
+def _today_and_first(batches: list[list[str]], target: float | None = None) -> Comparison:
     resources = ExitStack()
     today, first = earlier.today_and_first(resources)
     return Comparison(
         Way("now", lambda: today.draw(batches)),
-        Way("at the end of the first issue", lambda: first.draw(batches)),
-        bar,
+        Way("the first published state", lambda: first.draw(batches)),
+        target,
         resources,
     )
 
@@ -384,12 +384,12 @@ def _pipeline(options: Options) -> LavitPipeline:
 
 
 @curve
-def pictures(options: Options) -> Curve:
+def images(options: Options) -> Curve:
     """Visual tokenizer, bfloat16, kept tokens only"""
     tokenizer = _tokenizer(visual_config(options, attention_epsilon=0), torch.bfloat16)
-    batches = {count: random_pictures(count) for count in (1, 2, 4)}
+    batches = {count: random_images(count) for count in (1, 2, 4)}
     return Curve(
-        "pictures",
+        "images",
         {count: partial(tokenizer.tokenize, batch, keep_ratio=KEPT_SHARE) for count, batch in batches.items()},
     )
 

@@ -128,7 +128,7 @@ def machine(options: argparse.Namespace) -> str:
 
 def comparison_table(comparisons: dict[str, Comparison]) -> str:
     lines = [
-        "| row | what | first way | second way | first, s | second, s | ratio (least, most) | bar |",
+        "| row | what | first way | second way | first, s | second, s | ratio (least, most) | target |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, one in comparisons.items():
@@ -136,7 +136,7 @@ def comparison_table(comparisons: dict[str, Comparison]) -> str:
         cells = [name, ROWS[name].__doc__]
         cells += [f"{way.name}, {way.remark}" if way.remark else way.name for way in (one.ours, one.other)]
         cells += [f"{way.median:.3g}" for way in (one.ours, one.other)]
-        cells += [f"**{one.ratio:.2f}** ({least:.2f}, {most:.2f})", "" if one.bar is None else f"{one.bar}"]
+        cells += [f"**{one.ratio:.2f}** ({least:.2f}, {most:.2f})", "" if one.target is None else f"{one.target}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         "\nThe ratio is of speeds, first to second; of the rates of arithmetic where the two do different work."
@@ -157,7 +157,7 @@ def memory_table(peaks: dict[str, list[float]]) -> str:
 
 
 def plot(comparisons: dict[str, Comparison], path: Path) -> None:
-    """One bar a row: the ratio, its spread, and the bar that was set."""
+    """One bar a row: the ratio, its spread, and the target that was set."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -171,8 +171,8 @@ def plot(comparisons: dict[str, Comparison], path: Path) -> None:
     above = [max(0.0, one.spread[1] - one.ratio) for one in rows]
     axes.barh(names, ratios, xerr=[below, above], color="#4c78a8", ecolor="#333333", capsize=3)
     for height, one in enumerate(rows):
-        if one.bar is not None:
-            axes.plot([one.bar, one.bar], [height - 0.4, height + 0.4], color="#e45756")
+        if one.target is not None:
+            axes.plot([one.target, one.target], [height - 0.4, height + 0.4], color="#e45756")
     axes.axvline(1, color="#999999", linewidth=0.8)
     axes.set_xlabel("speed of the first way / of the second; red: the ratio asked for")
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Describe pictures, and answer a question about each: `python examples/caption_and_ask.py IMG… [--model DIR]`."""
+"""Describe images, and answer a question about each: `python examples/caption_and_ask.py IMG… [--model DIR]`."""
 
 import argparse
 
@@ -16,7 +16,7 @@ options = parser.parse_args()
 processor = AutoProcessor.from_pretrained(options.model)
 model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="float32").eval()
 
-# All pictures in one batch, first for captions, then for answers.
+# All images in one batch, first for captions, then for answers.
 inputs = processor(images=options.images)
 ids = model.generate(**inputs, generation_preset="caption")
 captions = processor.post_process_caption(ids, input_ids=inputs.input_ids)

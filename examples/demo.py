@@ -1,4 +1,4 @@
-"""All that LaVIT does, on small pictures, for `make demo`: `python examples/demo.py [checkpoint] [output folder]`."""
+"""All that LaVIT does, on small images, for `make demo`: `python examples/demo.py [checkpoint] [output folder]`."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from modeling_lavit.show_lavit import enlarge, show_kept_patches
 
 
 PROMPTS = ("red apple", "sunflower in noto style", "pizza in fluent style", "tiger face in twemoji style")
-PICTURE = Path(__file__).resolve().parent.parent / "tests/fixtures/emoji/images/noto/cat-face.png"
+IMAGE = Path(__file__).resolve().parent.parent / "tests/fixtures/emoji/images/noto/cat-face.png"
 RESTYLE = "in flat style"
 QUESTIONS = ("what is it?", "which style is this?")
 
@@ -40,7 +40,7 @@ def write(image: Image.Image, name: str, factor: int = factor):
     written.append(path)
 
 
-print("\n1. Text to picture")
+print("\n1. Text to image")
 seconds = []
 for i, prompt in enumerate(PROMPTS):
     start = time.perf_counter()
@@ -49,26 +49,26 @@ for i, prompt in enumerate(PROMPTS):
     write(result.images[0], f"draw-{prompt.replace(' ', '-')}")
     print(f"   {prompt!r}: {len(result.visual_tokens.codes)} visual tokens, {seconds[-1]:.2f} s")
 
-print(f"\n2. Picture to text: {PICTURE.name}")
-picture = Image.open(PICTURE).convert("RGB")
-inputs = processor(images=picture)
+print(f"\n2. Image to text: {IMAGE.name}")
+image = Image.open(IMAGE).convert("RGB")
+inputs = processor(images=image)
 ids = model.generate(**inputs, generation_preset="caption")
 print(f"   caption: {processor.post_process_caption(ids, input_ids=inputs.input_ids)[0]}")
 for question in QUESTIONS:
-    inputs = processor(images=picture, text=f"<image>Question: {question} Answer:")
+    inputs = processor(images=image, text=f"<image>Question: {question} Answer:")
     ids = model.generate(**inputs, generation_preset="answer")
     print(f"   {question} {processor.post_process_answer(ids, input_ids=inputs.input_ids)[0]}")
 
-print(f"\n3. Picture and text to picture: {PICTURE.name} + {RESTYLE!r}")
-write(pipe([picture, RESTYLE], generator=seed(0)).images[0], f"{PICTURE.stem}-{RESTYLE.replace(' ', '-')}")
+print(f"\n3. Image and text to image: {IMAGE.name} + {RESTYLE!r}")
+write(pipe([image, RESTYLE], generator=seed(0)).images[0], f"{IMAGE.stem}-{RESTYLE.replace(' ', '-')}")
 
-print("\n4. Visual tokens: the patches that are kept, and the picture drawn again from their codes alone")
+print("\n4. Visual tokens: the patches that are kept, and the image drawn again from their codes alone")
 tokenizer = model.model.visual_tokenizer
-pixel_values = processor.image_processor(picture, return_tensors="pt").pixel_values
+pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values
 tokens = tokenizer.tokenize(pixel_values.to(tokenizer.device))
 print(f"   {len(tokens.codes)} of {tokens.keep_mask.shape[1]} patches kept")
-write(show_kept_patches(picture, tokens.keep_mask[0]), f"{PICTURE.stem}-kept-patches", 1)
-write(pipe(visual_tokens=tokens, generator=seed(0)).images[0], f"{PICTURE.stem}-reconstructed")
+write(show_kept_patches(image, tokens.keep_mask[0]), f"{IMAGE.stem}-kept-patches", 1)
+write(pipe(visual_tokens=tokens, generator=seed(0)).images[0], f"{IMAGE.stem}-reconstructed")
 
-print(f"\nA picture from text took {sorted(seconds)[len(seconds) // 2]:.2f} s on {device} (median of {len(seconds)}).")
+print(f"\nAn image from text took {sorted(seconds)[len(seconds) // 2]:.2f} s on {device} (median of {len(seconds)}).")
 print("Written:", *written, sep="\n")

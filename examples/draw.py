@@ -1,4 +1,4 @@
-"""Draw pictures from text, in one call and in two stages: `python examples/draw.py [checkpoint]`."""
+"""Draw images from text, in one call and in two stages: `python examples/draw.py [checkpoint]`."""
 
 import sys
 
@@ -10,7 +10,7 @@ from modeling_lavit.checkpoints import LAVIT_EMOJI
 
 pipe = LavitPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else LAVIT_EMOJI, dtype=torch.float32)
 
-# Two pictures of each prompt. A generator for each makes every picture repeatable by itself.
+# Two images of each prompt. A generator for each makes every image repeatable by itself.
 prompts = ["red apple", "sunflower in noto style"]
 generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
 images = pipe(prompts, num_images_per_prompt=2, generator=generators).images

@@ -15,7 +15,7 @@ class RunningCall:
 
     def __init__(self):
         self.interrupted = False
-        self.denoiser = None
+        self.denoiser = self.device = None
         self._answers: dict[str, Any] = {}
 
     def ask(self, name: str) -> Any:
@@ -121,6 +121,16 @@ class LavitCallsMixin:
     @property
     def cross_attention_kwargs(self) -> dict | None:
         return self._calls.latest.ask("cross_attention_kwargs")
+
+    @property
+    def _execution_device(self):
+        # the base class walks through all modules to find it: once a call is enough
+        call = self._calls.current
+        if call is None:
+            return super()._execution_device
+        if call.device is None:
+            call.device = super()._execution_device
+        return call.device
 
     def enable_model_cpu_offload(self, *args, **kwargs):
         """See `DiffusionPipeline.enable_model_cpu_offload`. Threads then draw one after the other."""

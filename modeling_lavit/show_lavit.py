@@ -1,4 +1,4 @@
-"""Pictures for the eye: which patches a visual tokenizer kept, and small pictures enlarged."""
+"""Images for the eye: which patches a visual tokenizer kept, and small images enlarged."""
 
 import math
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def show_kept_patches(image: Image.Image, keep_mask: torch.Tensor, size: int = 480, dim: float = 0.85) -> Image.Image:
-    """The picture as the model sees it, a square, with dropped patches faded to grey.
+    """The image as the model sees it, a square, with dropped patches faded to grey.
 
     Args:
         image: RGB, any size.
@@ -17,7 +17,7 @@ def show_kept_patches(image: Image.Image, keep_mask: torch.Tensor, size: int = 4
         dim: how much grey covers a dropped patch, from 0 to 1.
 
     Returns:
-        A square RGB picture.
+        A square RGB image.
     """
     side = math.isqrt(len(keep_mask))
     if side * side != len(keep_mask):
@@ -30,5 +30,5 @@ def show_kept_patches(image: Image.Image, keep_mask: torch.Tensor, size: int = 4
 
 
 def enlarge(image: Image.Image, factor: int) -> Image.Image:
-    """A picture `factor` times as wide and high, smoothly (Lanczos)."""
+    """An image `factor` times as wide and high, smoothly (Lanczos)."""
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)

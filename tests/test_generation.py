@@ -52,7 +52,7 @@ def test_a_batch_of_prompts_equals_each_prompt_alone(model, scale, do_sample):
         assert without_padding(together[index]) == without_padding(alone[0])
 
 
-def test_a_batch_of_prompts_with_pictures_equals_each_alone(model):
+def test_a_batch_of_prompts_with_images_equals_each_alone(model):
     pixels = tiny_images(3)
     rows = [[1, BOI, EOI, 40, BOI], [1, BOI, EOI, 7, BOI, EOI, BOI]]
     together = draw_images(model, rows, pixel_values=pixels, do_sample=False)
@@ -63,7 +63,7 @@ def test_a_batch_of_prompts_with_pictures_equals_each_alone(model):
     assert [without_padding(row) for row in together] == [without_padding(row[0]) for row in alone]
 
 
-def test_pictures_of_drawing_prompts_are_read_as_their_discrete_codes(model):
+def test_images_of_drawing_prompts_are_read_as_their_discrete_codes(model):
     pixels = tiny_images(1)
     codes = (model.get_image_tokens(pixels).codes + CODE).tolist()
     with_pixels = draw_images(model, [[1, BOI, EOI, 40, BOI]], pixel_values=pixels, do_sample=False)
@@ -263,10 +263,10 @@ class Forwards:
         self.count += 1
 
 
-def knowing(*pictures: list[int]):
-    """A tiny model that knows some pictures' codes."""
+def knowing(*images: list[int]):
+    """A tiny model that knows some images' codes."""
     knows = tiny_model()
-    knows.set_draft_codes([torch.tensor(codes) for codes in pictures])
+    knows.set_draft_codes([torch.tensor(codes) for codes in images])
     return knows
 
 
@@ -275,7 +275,7 @@ def knowing(*pictures: list[int]):
 @pytest.mark.parametrize("draft_length", [1, 5])
 def test_looking_ahead_writes_the_same_images_and_uses_up_the_same_numbers(model, scale, do_sample, draft_length):
     settings = {"guidance_scale": scale, "do_sample": do_sample}
-    # pictures that the model will draw, some of them changed on the way
+    # images that the model will draw, some of them changed on the way
     drawn = [
         [
             id - CODE
@@ -299,7 +299,7 @@ def test_looking_ahead_writes_the_same_images_and_uses_up_the_same_numbers(model
                 assert forwards.count < expected.shape[1]
 
 
-def test_a_known_picture_is_drawn_in_few_forwards(model):
+def test_a_known_image_is_drawn_in_few_forwards(model):
     limits = {"min_image_tokens": 12, "max_image_tokens": 12, "generator": seeded(0)}
     expected = draw_images(model, PROMPTS[:1], **limits)
     knows = knowing((expected[0, :-1] - CODE).tolist())
@@ -313,7 +313,7 @@ def test_a_known_picture_is_drawn_in_few_forwards(model):
     assert forwards.count == 13
 
 
-def test_known_pictures_are_saved_with_the_model_and_can_be_taken_away(tmp_path):
+def test_known_images_are_saved_with_the_model_and_can_be_taken_away(tmp_path):
     knows = knowing([1, 2, 3], [4, 5])
     knows.save_pretrained(tmp_path)
     again = type(knows).from_pretrained(tmp_path)
@@ -325,7 +325,7 @@ def test_known_pictures_are_saved_with_the_model_and_can_be_taken_away(tmp_path)
     assert not (tmp_path / "without" / "draft_codes.safetensors").exists()
 
 
-def test_known_pictures_need_codes_of_the_codebook(model):
+def test_known_images_need_codes_of_the_codebook(model):
     for codes in (torch.tensor([0, END - CODE]), torch.tensor([-1, 2]), torch.tensor([[1, 2]])):
         with pytest.raises(ValueError, match="must be codes"):
             model.set_draft_codes([codes])
@@ -376,7 +376,7 @@ def test_looking_ahead_leaves_the_distribution_of_images_as_it_is(model):
     assert statistic < 24.3
 
 
-def test_looking_ahead_needs_known_pictures_image_mode_and_a_cache_that_can_be_cut(model):
+def test_looking_ahead_needs_known_images_image_mode_and_a_cache_that_can_be_cut(model):
     knows = knowing([1, 2, 3])
     for settings, message in (
         ({"generation_mode": "interleaved"}, "draft_length"),
@@ -448,7 +448,7 @@ def test_settings_that_cannot_be_met_are_an_error(model, settings, message):
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
-def test_a_slot_without_its_picture_is_an_error_in_every_mode(model, mode):
+def test_a_slot_without_its_image_is_an_error_in_every_mode(model, mode):
     with pytest.raises(ValueError, match="1 image slots.*0 images"):
         model.generate(torch.tensor([[1, BOI, EOI, 30]]), generation_mode=mode)
 

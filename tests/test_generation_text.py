@@ -142,7 +142,7 @@ def test_text_is_returned_behind_the_prompt_as_it_was_given(model):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True}])
-def test_a_batch_of_pictures_is_described_as_each_alone(model, settings):
+def test_a_batch_of_images_is_described_as_each_alone(model, settings):
     pixels, rows = tiny_images(3), [[1, BOI, EOI, 40], [1, 20, 21, BOI, EOI], [BOI, EOI]]
     sampled = "do_sample" in settings
     generators = [seeded(i) for i in range(3)] if sampled else None
@@ -211,7 +211,7 @@ def test_text_features_of_transformers_go_on_working(model):
     assert pinned[0, 6:].tolist() == [17, 17, 17]
 
 
-def test_speculative_decoding_refuses_pictures(model):
+def test_speculative_decoding_refuses_images(model):
     with pytest.raises(ValueError, match="do not go with pixel_values"):
         model.generate(torch.tensor([[BOI, EOI]]), pixel_values=tiny_images(1), prompt_lookup_num_tokens=2)
 
@@ -329,15 +329,15 @@ def test_image_ids_decode_to_codes_or_through_the_attached_decoder(model):
     assert [codes.tolist() for codes in model.decode_image_tokens(rows)] == [[3, 1], [2, 0], []]
     attached = tiny_model()
     keys = attached.state_dict().keys()
-    attached.set_pixel_decoder(lambda visual_tokens: [f"picture of {len(codes)}" for codes in visual_tokens.split()])
-    assert attached.decode_image_tokens(rows) == ["picture of 2", "picture of 2", "picture of 0"]
+    attached.set_pixel_decoder(lambda visual_tokens: [f"image of {len(codes)}" for codes in visual_tokens.split()])
+    assert attached.decode_image_tokens(rows) == ["image of 2", "image of 2", "image of 0"]
     attached.set_pixel_decoder(torch.nn.Linear(1, 1))
     assert attached.state_dict().keys() == keys
     attached.set_pixel_decoder(None)
     assert attached.decode_image_tokens(rows)[0].tolist() == [3, 1]
 
 
-def test_tokenised_prompts_hold_the_pictures_codes_and_no_padding(model):
+def test_tokenised_prompts_hold_the_images_codes_and_no_padding(model):
     pixels = tiny_images(2)
     first, second = model.get_image_tokens(pixels).split()
     prompts = model.tokenize_prompt(**left_padded([[1, BOI, EOI, 40], [1, 5, 6, 7, BOI, EOI]]), pixel_values=pixels)

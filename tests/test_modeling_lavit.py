@@ -39,7 +39,7 @@ def folder(model, tmp_path_factory):
     return path
 
 
-def test_a_slot_is_filled_with_the_projected_features_of_its_picture(model):
+def test_a_slot_is_filled_with_the_projected_features_of_its_image(model):
     pixels = tiny_images(2)
     first, second = model.get_image_features(pixels).pooler_output
     embed = model.get_input_embeddings()
@@ -85,7 +85,7 @@ def test_a_shared_merger_has_no_second_copy_of_its_weights():
     torch.testing.assert_close(torch.cat(shared.get_image_features(pixels).pooler_output), expected)
 
 
-def test_a_batch_of_uneven_pictures_gives_the_logits_of_each_prompt_alone(model):
+def test_a_batch_of_uneven_images_gives_the_logits_of_each_prompt_alone(model):
     pixels = tiny_images(3)
     rows = [[1, 20, BOI, EOI, 30], [1, BOI, EOI, BOI, EOI]]
     alone = [
@@ -164,14 +164,14 @@ def test_activation_checkpointing_leaves_the_gradients_as_they_are():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-@pytest.mark.parametrize("slots, pictures", [(1, 2), (2, 1), (0, 1)])
-def test_slots_and_pictures_that_disagree_are_an_error_with_both_numbers(model, slots, pictures):
+@pytest.mark.parametrize("slots, images", [(1, 2), (2, 1), (0, 1)])
+def test_slots_and_images_that_disagree_are_an_error_with_both_numbers(model, slots, images):
     ids = torch.tensor([[1] + [BOI, EOI] * slots + [5]])
-    with pytest.raises(ValueError, match=f"{slots} image slots.*{pictures} images"):
-        model(ids, pixel_values=tiny_images(pictures))
+    with pytest.raises(ValueError, match=f"{slots} image slots.*{images} images"):
+        model(ids, pixel_values=tiny_images(images))
 
 
-def test_an_empty_slot_without_pictures_is_an_error(model):
+def test_an_empty_slot_without_images_is_an_error(model):
     with pytest.raises(ValueError, match="1 image slots.*0 images"):
         model(torch.tensor([[1, BOI, EOI]]))
 

@@ -9,7 +9,7 @@ from benchmarks import reference_like
 from modeling_lavit import LavitForConditionalGeneration
 
 
-# pictures that keep 5 patches, one, all, and 9
+# images that keep 5 patches, one, all, and 9
 KEPT = [(0, 3, 4, 9, 15), (7,), tuple(range(NUM_PATCHES)), (1, 2, 5, 6, 8, 10, 11, 12, 14)]
 
 
@@ -45,7 +45,7 @@ def test_kept_rows_only_differ_by_no_more_than_the_leak():
 
 
 @torch.no_grad()
-def test_kept_rows_only_with_a_leak_give_a_picture_the_same_in_every_batch():
+def test_kept_rows_only_with_a_leak_give_an_image_the_same_in_every_batch():
     tokenizer = visual_tokenizer(attention_epsilon=0.1, kept_only=True)
     features = tokenizer.encode_patches(tiny_images(len(KEPT)))
     together = tokenizer.merger(features, keep_mask()).split([len(kept) for kept in KEPT])
@@ -55,7 +55,7 @@ def test_kept_rows_only_with_a_leak_give_a_picture_the_same_in_every_batch():
 
 
 @torch.no_grad()
-def test_kept_rows_only_are_exact_for_a_picture_that_keeps_all():
+def test_kept_rows_only_are_exact_for_an_image_that_keeps_all():
     tokenizer = visual_tokenizer(attention_epsilon=0.1)
     features, all_kept = tokenizer.encode_patches(tiny_images(1)), torch.ones(1, NUM_PATCHES, dtype=torch.bool)
     exact = tokenizer.merger(features, all_kept)
@@ -94,14 +94,14 @@ def test_float32_residuals_bring_deep_half_precision_encoders_nearer(dtype, tmp_
 
 def test_compiled_layers_are_one_graph_for_every_count_of_kept_patches():
     tokenizer = visual_tokenizer().eval()
-    pictures = tiny_images(3)
+    images = tiny_images(3)
     ratios = (0.25, 0.5, 0.75, 0.9)
-    expected = [tokenizer.tokenize(pictures, keep_ratio=ratio).codes for ratio in ratios]
+    expected = [tokenizer.tokenize(images, keep_ratio=ratio).codes for ratio in ratios]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     tokenizer.compile(backend="eager")
     for step, ratio in enumerate(ratios):
-        assert torch.equal(tokenizer.tokenize(pictures, keep_ratio=ratio).codes, expected[step])
+        assert torch.equal(tokenizer.tokenize(images, keep_ratio=ratio).codes, expected[step])
         if step == 1:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

@@ -86,7 +86,7 @@ def tiny_model(seed: int = 0, **overrides) -> LavitForConditionalGeneration:
 
 @torch.no_grad()
 def _make_decisive(visual_tokenizer) -> None:
-    """Scales the selector so that pictures keep about half of their patches, each picture others."""
+    """Scales the selector so that images keep about half of their patches, each image others."""
     selector = visual_tokenizer.selector
     margins = selector(visual_tokenizer.encode_patches(tiny_images(8))).diff(dim=-1).neg()
     scale = 2 / margins.std()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,11 @@ def add_decoding_options(command: Parser):
         help="how closely pixels follow the visual tokens; 1 is no guidance (default: the checkpoint's)",
     )
     command.add_argument(
-        "--enlarge", type=positive_number, default=1, metavar="K", help="write pictures K times as large (default: 1)"
+        "--enlarge", type=positive_number, default=1, metavar="K", help="write images K times as large (default: 1)"
     )
 
 
-def add_keep_ratio(command):
+def add_keep_ratio(command) -> None:
     command.add_argument(
         "--keep-ratio",
         type=float,
@@ -103,6 +104,14 @@ def decoding_options(options: argparse.Namespace) -> dict:
 
 
 def read_image(source: str):
+    """The image of a file, an http(s) address, or stdin (`-`)."""
+    if source == "-":
+        content = sys.stdin.buffer.read()
+        if not content:
+            raise ValueError("stdin has no image: it is empty")
+        from modeling_lavit.processing import load_image
+
+        return load_image(content)
     is_address = source.startswith(("http://", "https://"))
     if not is_address and not Path(source).is_file():
         raise ValueError(f"there is no image file at {source}")
@@ -122,9 +131,9 @@ def model_source(options: argparse.Namespace, model_types: tuple[str, ...] = ("l
         raise ValueError(f"{source} is no LaVIT checkpoint: it has no config.json")
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise ValueError(f"there is no checkpoint folder {source}, nor is that the name of a repository on the Hub")
-    from transformers import AutoConfig
+    from modeling_lavit.loading_lavit import read_config
 
-    model_type = AutoConfig.from_pretrained(source).model_type
+    model_type = read_config(source).model_type
     if model_type not in model_types:
         raise ValueError(f"{source} is no LaVIT checkpoint: its model type is {model_type!r}")
     return source
@@ -196,11 +205,11 @@ def check_outputs(paths: list[Path]):
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {path.parent} to write {path.name} to")
         if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-            raise ValueError(f"{path} has no ending of a picture format that can be written, such as .png or .jpg")
+            raise ValueError(f"{path} has no ending of an image format that can be written, such as .png or .jpg")
 
 
 def save_images(images: list, paths: list[Path], factor: int = 1):
-    """Writes all pictures or none: under temporary names first. Prints the names."""
+    """Writes all images or none: under temporary names first. Prints the names."""
     from modeling_lavit.show_lavit import enlarge
 
     with tempfile.TemporaryDirectory(dir=paths[0].parent, prefix=".lavit-") as folder:
@@ -208,4 +217,4 @@ def save_images(images: list, paths: list[Path], factor: int = 1):
             enlarge(image, factor).save(Path(folder) / path.name)
         for path in paths:
             os.replace(Path(folder) / path.name, path)
-            print(path)
+            print(path, flush=True)

@@ -26,8 +26,8 @@ def add_commands(add) -> None:
     command = add(
         "generate",
         generate,
-        help="draw pictures from text, or from a picture and text",
-        description="Draws pictures from text, or from a picture and text, and prints the names of the files.",
+        help="draw images from text, or from an image and text",
+        description="Draws images from text, or from an image and text, and prints the names of the files.",
         example='lavit generate "red apple" -o apple.png --n 4 --seed 7',
     )
     command.add_argument("prompt", type=non_empty_text, help="what to draw")
@@ -35,13 +35,13 @@ def add_commands(add) -> None:
         "-o", "--output", type=Path, required=True, help="file to write; with --n 4: NAME-0.png to NAME-3.png"
     )
     command.add_argument(
-        "--style-image", metavar="IMG", help='a picture in front of the text, for prompts like "in flat style"'
+        "--style-image", metavar="IMG", help='an image in front of the text, for prompts like "in flat style"'
     )
-    command.add_argument("--n", type=positive_number, default=1, help="number of pictures (default: 1)")
+    command.add_argument("--n", type=positive_number, default=1, help="number of images (default: 1)")
     command.add_argument(
         "--seed",
         type=seed_number,
-        help="picture i is drawn with seed + i, the same at any --n (default: a new one, which is printed)",
+        help="image i is drawn with seed + i, the same at any --n (default: a new one, which is printed)",
     )
     command.add_argument(
         "--aspect-ratio", metavar="W:H", help="such as 1:1, of those that the checkpoint has (default: its size)"
@@ -57,11 +57,11 @@ def add_commands(add) -> None:
     command = add(
         "reconstruct",
         reconstruct,
-        help="turn a picture into visual tokens and back",
-        description="Draws a picture from nothing but its own visual tokens: what they keep of it.",
+        help="turn an image into visual tokens and back",
+        description="Draws an image from nothing but its own visual tokens: what they keep of it.",
         example="lavit reconstruct apple.png -o again.png",
     )
-    command.add_argument("image", metavar="IMG", help="a picture")
+    command.add_argument("image", metavar="IMG", help="an image")
     command.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     command.add_argument("--seed", type=seed_number, default=0, help="of the noise (default: 0)")
     add_keep_dial(command)

@@ -1,6 +1,7 @@
 """`lavit caption` and `lavit ask`."""
 
 import argparse
+import sys
 
 from .common import load_reader, non_empty_text, one_line, read_image
 
@@ -10,20 +11,20 @@ def add_commands(add) -> None:
     command = add(
         "caption",
         caption,
-        help="describe pictures in words",
-        description="Describes pictures in words, one line for each.",
+        help="describe images in words",
+        description="Describes images in words, one line for each.",
         example="lavit caption apple.png cat.png",
     )
-    command.add_argument("images", nargs="+", metavar="IMG", help="pictures")
+    command.add_argument("images", nargs="+", metavar="IMG", help="images")
 
     command = add(
         "ask",
         ask,
-        help="answer a question about a picture",
-        description='Answers a question about a picture. The model reads "Question: ... Answer:".',
+        help="answer a question about an image",
+        description='Answers a question about an image. The model reads "Question: ... Answer:".',
         example='lavit ask apple.png "which style is this?"',
     )
-    command.add_argument("image", metavar="IMG", help="a picture")
+    command.add_argument("image", metavar="IMG", help="an image")
     command.add_argument("question", type=non_empty_text, help="the question")
 
 
@@ -39,6 +40,7 @@ def caption(options: argparse.Namespace):
         ids = model.generate(**inputs, generation_preset="caption")
         text = one_line(processor.post_process_caption(ids, input_ids=inputs.input_ids)[0])
         tqdm.write(text if len(images) == 1 else f"{source}: {text}")
+        sys.stdout.flush()
 
 
 def ask(options: argparse.Namespace):

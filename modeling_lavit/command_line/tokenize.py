@@ -38,23 +38,23 @@ def add_commands(add) -> None:
     command = add(
         "tokenize",
         tokenize,
-        help="turn pictures into visual tokens, and show which patches they keep; or a whole data set",
-        description="Prints how many patches of each picture are kept, and their codes. With --dataset it computes "
+        help="turn images into visual tokens, and show which patches they keep; or a whole data set",
+        description="Prints how many patches of each image are kept, and their codes. With --dataset it computes "
         "those of a whole data set, for training; a job that was cut goes on when it is started again.",
-        example="lavit tokenize apple.png --show kept.png\n  lavit tokenize --dataset pictures --output tokens",
+        example="lavit tokenize apple.png --show kept.png\n  lavit tokenize --dataset images --output tokens",
     )
-    command.add_argument("images", nargs="*", metavar="IMG", help="pictures")
+    command.add_argument("images", nargs="*", metavar="IMG", help="images")
     command.add_argument(
         "--compare-kept-only",
         action="store_true",
         help="print how many codes change if the merger computes kept tokens only (the config's kept_only)",
     )
-    command.add_argument("--show", type=Path, metavar="FILE", help="write the one picture with dropped patches faded")
+    command.add_argument("--show", type=Path, metavar="FILE", help="write the one image with dropped patches faded")
     add_keep_dial(command)
     command.add_argument(
         "--dataset",
         metavar="SOURCE",
-        help="instead of pictures: a folder, a builder of datasets such as parquet, or a repository on the Hub",
+        help="instead of images: a folder, a builder of datasets such as parquet, or a repository on the Hub",
     )
     group = command.add_argument_group("with --dataset")
     group.add_argument("--output", type=Path, metavar="DIR", help="folder for the shards; what is there is kept")
@@ -62,9 +62,9 @@ def add_commands(add) -> None:
     group.add_argument("--split", help="of the source (default: train)")
     group.add_argument("--image-column", metavar="NAME", help="default: image, jpg, png or webp")
     group.add_argument("--streaming", action="store_true", default=None, help="read files while tokenizing them")
-    group.add_argument("--batch-size", type=positive_number, metavar="N", help="pictures at once (default: 64)")
+    group.add_argument("--batch-size", type=positive_number, metavar="N", help="images at once (default: 64)")
     group.add_argument("--shard-size", type=positive_number, metavar="N", help="rows for each file (default: 4096)")
-    group.add_argument("--keep-images", action="store_true", default=None, help="write the pictures too")
+    group.add_argument("--keep-images", action="store_true", default=None, help="write the images too")
     group.add_argument(
         "--allow-local-paths",
         action="store_true",
@@ -82,13 +82,13 @@ def add_commands(add) -> None:
 def tokenize(options: argparse.Namespace):
     """`lavit tokenize`"""
     if bool(options.images) == bool(options.dataset):
-        raise ValueError("give pictures, or --dataset and --output, and not both")
+        raise ValueError("give images, or --dataset and --output, and not both")
     if options.dataset:
         return _tokenize_dataset(options)
     if given := [name for name in DATASET_OPTIONS if getattr(options, name) is not None]:
         raise ValueError(f"--{given[0].replace('_', '-')} goes with --dataset")
     if options.show and len(options.images) > 1:
-        raise ValueError(f"--show takes one picture, got {len(options.images)}")
+        raise ValueError(f"--show takes one image, got {len(options.images)}")
     check_outputs([options.show] if options.show else [])
     images = [read_image(source) for source in options.images]
     model, processor = load_reader(options)
@@ -125,9 +125,9 @@ def tokenize(options: argparse.Namespace):
 
 def _tokenize_dataset(options: argparse.Namespace):
     if options.show or options.compare_kept_only:
-        raise ValueError("--show and --compare-kept-only go with pictures, not with --dataset")
+        raise ValueError("--show and --compare-kept-only go with images, not with --dataset")
     if options.keep is not None or options.target_quality is not None:
-        raise ValueError("--keep and --target-quality go with pictures; --dataset takes --keep-ratio")
+        raise ValueError("--keep and --target-quality go with images; --dataset takes --keep-ratio")
     if options.output is None:
         raise ValueError("--dataset needs --output, the folder to write to")
     if options.output.is_file():

@@ -257,7 +257,7 @@ DATA = tuple("--dataset parquet --data-files data.parquet --output new".split())
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give pictures, or --dataset and --output, and not both"),
+        ((), "give images, or --dataset and --output, and not both"),
         (("apple.png", "--dataset", "pictures", "--output", "new"), "and not both"),
         (("apple.png", "--output", "new"), "--output goes with --dataset"),
         (("apple.png", "--shard-size", "4"), "--shard-size goes with --dataset"),
