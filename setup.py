@@ -56,6 +56,7 @@ setup(
         "diffusers>=0.40,<1",
         "accelerate>=1.10.1",
         "huggingface_hub>=1.23",
+        "jinja2",
         "safetensors",
         "pillow",
         "numpy",

@@ -18,7 +18,7 @@ from pathlib import Path
 import diffusers
 import transformers
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from .atomic_lavit import weights_of
@@ -162,7 +162,7 @@ class LavitLoadingMixin:
         where = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
         try:
             index = read_index(pretrained_model_name, **where)
-            if where.get("local_files_only") or transformers.utils.is_offline_mode():
+            if where.get("local_files_only") or is_offline_mode():
                 return snapshot_download(pretrained_model_name, allow_patterns=INDEX, **where)
             api = HfApi(token=where.get("token"))
             files = api.list_repo_files(pretrained_model_name, revision=where.get("revision"))

@@ -137,7 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
             sha = commit_hash(files)
             return self._json({"id": match[1], "sha": sha, "siblings": siblings, "private": False, "tags": []})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/((?:refs/\w+/)?[^/]+)(?:/(.*))?", path):
-            files = self.hub.files(match[1], match[2]) or {}
+            files = self.hub.files(match[1], match[2])
+            if files is None:
+                code = "RevisionNotFound" if match[1] in self.hub.repositories else "RepoNotFound"
+                return self._json({"error": "not found"}, 404, {"X-Error-Code": code})
             return self._json(
                 [
                     {"type": "file", "path": name, "size": len(content), **_object_ids(name, content)}

@@ -44,7 +44,7 @@ from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from PIL import Image
 from torch.nn import functional as F
@@ -858,7 +858,7 @@ class LavitLoadingMixin:
         where = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
         try:
             index = read_index(pretrained_model_name, **where)
-            if where.get("local_files_only") or transformers.utils.is_offline_mode():
+            if where.get("local_files_only") or is_offline_mode():
                 return snapshot_download(pretrained_model_name, allow_patterns=INDEX, **where)
             api = HfApi(token=where.get("token"))
             files = api.list_repo_files(pretrained_model_name, revision=where.get("revision"))

@@ -91,7 +91,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-import httpx
 import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCardData
@@ -104,6 +103,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageCms
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -399,21 +399,31 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise OSError(f"{repo_id}: HF_HUB_OFFLINE=1 is set, nothing can be uploaded") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        reasons = {
-            401: "the token is missing or not valid: call `hf auth login`, or pass token=",
-            403: "the token may not write there: take a name of your own, a token with the right, or create_pr=True",
-            404: "there is no such repository or branch, or the token may not see it",
-            409: "the name is taken",
-            413: "a file is larger than the Hub takes",
-            429: "too many requests: try again later",
-            507: "there is no space left on the account",
-        }
-        said = (error.server_message or "").strip()
-        reason = ", ".join(
-            filter(None, (reasons.get(status, f"the Hub answers {status}"), said and f"it says: {said}"))
-        )
-        raise OSError(f"{repo_id}: {reason}") from error
+        raise OSError(f"{repo_id}: {_reason(error)}") from error
+    except RuntimeError as error:
+        # an upload of data that failed
+        cause = error.__cause__
+        reason = _reason(cause) if isinstance(cause, HfHubHTTPError) else " ".join(str(cause or error).split())
+        raise OSError(f"{repo_id}: {error}: {reason}; call again to go on") from error
+    except httpx.HTTPError as error:
+        raise OSError(f"{repo_id}: no connection to the Hub ({error}); call again to go on") from error
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    """What an answer of the Hub means for whoever uploads."""
+    status = error.response.status_code if error.response is not None else None
+    reasons = {
+        401: "the token is missing or not valid: call `hf auth login`, or pass token=",
+        403: "the token may not write there: take a name of your own, a token with the right, or create_pr=True",
+        404: "there is no such repository or branch, or the token may not see it",
+        409: "the name is taken",
+        413: "a file is larger than the Hub takes",
+        429: "too many requests: try again later",
+        507: "there is no space left on the account",
+    }
+    reason = reasons.get(status, f"the Hub answers {status}")
+    said = " ".join((error.server_message or "").split())
+    return f"{reason} (it says: {said})" if said else reason
 
 
 # -------- saving_lavit.py

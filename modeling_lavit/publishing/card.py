@@ -45,6 +45,7 @@ TASKS = {
 MARK = "<!-- made by lavit-hf: {} -->"
 MARKED = re.compile(r"<!-- made by lavit-hf: ([0-9a-f]{12}) -->")
 SECTION = re.compile(r"^(?=## )", re.MULTILINE)
+REPOSITORY_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HEAD = re.compile(r"\A\s*---\n(.*?)\n---\s*\n", re.DOTALL)
 
 
@@ -116,12 +117,16 @@ def merge_cards(theirs: str, ours: str) -> str:
     """A card made anew, with what was changed in the one that is there.
 
     Args:
-        theirs: the card that is there. Sections without a mark, or that differ from it, are someone's own.
+        theirs: the card that is there. Sections without a mark, or that differ from it, are someone's own; so are those
+            that the new card has not.
         ours: the new one.
     """
     head, own_head = (HEAD.match(card) for card in (theirs, ours))
     metadata = yaml.safe_load(own_head[1]) if own_head else {}
-    written = (yaml.safe_load(head[1]) if head else None) or {}
+    try:
+        written = (yaml.safe_load(head[1]) if head else None) or {}
+    except yaml.YAMLError:
+        return theirs
     if not isinstance(written, dict):
         return theirs
     tags = list(dict.fromkeys([*_as_list(written.get("tags")), *_as_list(metadata.get("tags"))]))
@@ -133,10 +138,7 @@ def merge_cards(theirs: str, ours: str) -> str:
         mark = MARKED.search(section)
         is_made = mark is not None and mark[1] == _digest(MARKED.sub("", section))
         made_anew = new.pop(_title(section), None)
-        if not is_made:
-            merged.append(section.strip())
-        elif made_anew is not None:
-            merged.append(made_anew.strip())
+        merged.append((made_anew if is_made and made_anew else section).strip())
     merged += [section.strip() for section in new.values()]
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000).strip()
     return f"---\n{head}\n---\n\n" + "\n\n".join(merged) + "\n"
@@ -171,7 +173,7 @@ def _kind(folder: Path) -> tuple[str, dict]:
             kind = kind or KINDS.get(config.get("model_type"))
             if kind:
                 return kind, config
-    if (folder / "processor_config.json").is_file():
+    if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
         return "processor", {}
     raise ValueError(f"{folder} holds no model, adapter, processor or pipeline of LaVIT")
 
@@ -229,7 +231,8 @@ def _metadata(
         "base_model": training.get("base_model"),
     }
     if kind == "adapter":
-        metadata["base_model"] = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        metadata["base_model"] = base if REPOSITORY_NAME.fullmatch(base or "") else None
     if metadata["base_model"]:
         metadata["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
     widget = [
