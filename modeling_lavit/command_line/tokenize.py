@@ -139,8 +139,8 @@ def _tokenize_dataset(options: argparse.Namespace):
 
         print(tokenize_with_ray(options.dataset, workers=workers, device=options.device, **given))
         return
-    from modeling_lavit.training.distributed import process_state
     from modeling_lavit.training.data.tokenize_dataset import tokenize_dataset
+    from modeling_lavit.training.distributed import process_state
 
     # gives each process its GPU
     process_state()
