@@ -18,7 +18,7 @@ help:
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
 	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
-	@echo "make pictures  set up, then draw those of training/emoji/images; DATA=folder for other pictures, MODEL=folder"
+	@echo "make pictures  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
 	@echo "make generate  set up, then write the code and the card of the embedded checkpoint anew"
 	@echo "make style   set up, then check the style"

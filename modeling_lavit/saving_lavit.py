@@ -115,11 +115,13 @@ class Publisher:
         card: `card(folder, tags, extras, repository)` -> the README of what was saved in `folder`; images, results and
             notes that it may show lie in `extras`.
         merge_cards: `merge_cards(theirs, ours)` -> the README where there is one already.
+        deploying: `deploying()` -> further files of a pipeline's folder, path -> text.
     """
 
     code: Callable[[], dict[str, str]]
     card: Callable[[Path, list[str] | None, Path, str], str]
     merge_cards: Callable[[str, str], str]
+    deploying: Callable[[], dict[str, str]]
 
 
 def own_code() -> dict[str, str]:
@@ -142,7 +144,7 @@ def keep_theirs(theirs: str, ours: str) -> str:
     return theirs
 
 
-publisher = Publisher(own_code, short_card, keep_theirs)
+publisher = Publisher(own_code, short_card, keep_theirs, dict)
 
 
 def make_card(folder: Path, tags: list[str] | None, place: Path, repository: str = REPOSITORY) -> str:

@@ -154,6 +154,6 @@ def test_the_evaluation_reports_every_figure(tmp_path):
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
 
 
-def test_the_documented_tables_are_the_recorded_figures():
+def test_the_tables_of_its_page_are_the_recorded_figures():
     figures = json.loads((CHECKPOINT / "figures.json").read_text())
     assert table(figures) in (ROOT / "docs" / "emoji_checkpoint.md").read_text()

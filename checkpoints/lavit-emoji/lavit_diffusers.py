@@ -73,6 +73,7 @@ from .lavit_transformers import (
     is_plain_name,
     make_card,
     name_classes,
+    publisher,
     read_config,
     read_json_object,
     read_shapes,
@@ -1049,7 +1050,8 @@ class LavitSavingMixin:
 
 
 def write_pipeline(pipe, folder: Path) -> None:
-    """Writes what makes a folder of saved components a pipeline: `model_index.json` and the code."""
+    """Writes what makes a folder of saved components a pipeline (`model_index.json`, the code), and what runs it
+    elsewhere."""
     file = None if is_ours(type(pipe)) else file_of(type(pipe))
     code = file.stem if file else DIFFUSERS_CODE
     index = {"_class_name": [code, type(pipe).__name__], "_diffusers_version": diffusers.__version__}
@@ -1065,6 +1067,9 @@ def write_pipeline(pipe, folder: Path) -> None:
     write_json(folder / INDEX, {**index, **parameters})
     write_code(folder, *(pipe.components[name] for name in AT_ROOT), pipeline=TEXT_TO_IMAGE)
     name_classes(folder / "detokenizer", pipe.detokenizer)
+    for name, text in publisher.deploying().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _library_of(component) -> str:

@@ -2,6 +2,7 @@
 
 code.py     this package as one file for each library
 card.py     the README
+deploying.py  a handler for Inference Endpoints, and a Space
 verify.py   whether a folder's code is this package's
 """
 
@@ -26,4 +27,9 @@ def use_package() -> None:
 
         return merge_cards(theirs, ours)
 
-    publisher.code, publisher.card, publisher.merge_cards = code, card, merge
+    def deploying() -> dict[str, str]:
+        from .deploying import deploying_files
+
+        return deploying_files()
+
+    publisher.code, publisher.card, publisher.merge_cards, publisher.deploying = code, card, merge, deploying

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import modeling_lavit
@@ -259,8 +260,7 @@ class Doubling:
 
 
 def test_a_worker_of_a_cluster_takes_and_gives_what_one_here_does():
-    import numpy as np
-
+    pytest.importorskip("ray")
     from modeling_lavit.evaluation.ray_run import RayWorker
 
     worker = RayWorker(Doubling, {"model": "x", "device": "cpu"})

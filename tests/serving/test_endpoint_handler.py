@@ -1,8 +1,10 @@
-"""handler.py of a saved folder, called as the toolkit of Inference Endpoints calls it."""
+"""What a saved pipeline brings along: the handler for Inference Endpoints, called as theirs does, and a Space."""
 
 import base64
+import importlib.util
 import io
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_lavit import LavitPipeline
 from modeling_lavit.checkpoints import LAVIT_EMOJI
-from modeling_lavit.handler import EndpointHandler
 
 
 CAT = Path(__file__).parent.parent / "fixtures/emoji/images/noto/cat-face.png"
@@ -19,8 +21,18 @@ ENCODED = base64.b64encode(CAT.read_bytes()).decode()
 
 
 @pytest.fixture(scope="module")
-def handler():
-    return EndpointHandler(str(LAVIT_EMOJI))
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    LavitPipeline.from_pretrained(LAVIT_EMOJI, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def handler(folder):
+    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.EndpointHandler(str(folder))
 
 
 def call(handler, inputs, **parameters):
@@ -64,3 +76,14 @@ def test_an_image_is_captioned_asked_about_and_restyled(handler):
 def test_a_wrong_request_is_a_value_error(handler, inputs, parameters):
     with pytest.raises(ValueError):
         handler({"inputs": inputs, "parameters": parameters})
+
+
+def test_the_space_of_a_saved_folder_is_the_app_around_that_folder_s_model(folder, monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    monkeypatch.delenv("LAVIT_MODEL", raising=False)
+    monkeypatch.syspath_prepend(folder / "space")
+    space = runpy.run_path(str(folder / "space/app.py"))
+    assert isinstance(space["app"], gradio.Blocks)
+    assert isinstance(space["pipe"], LavitPipeline)
+    for name in ("requirements.txt", "space/requirements.txt"):
+        assert "transformers" in (folder / name).read_text()

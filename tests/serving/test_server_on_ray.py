@@ -1,6 +1,8 @@
 """`lavit serve` and `serve run` as users start them: `make test-serve`. Minutes, and all of the cores."""
 
+import base64
 import http.client
+import io
 import json
 import os
 import signal
@@ -12,15 +14,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import openai
 import psutil
 import pytest
 import requests
 import yaml
+from PIL import Image
 
 
 pytestmark = pytest.mark.skipif(not os.environ.get("LAVIT_TEST_SERVE"), reason="takes minutes: make test-serve")
 ROOT = Path(__file__).resolve().parent.parent.parent
+LAVIT = [sys.executable, str(ROOT / "modeling_lavit/bin/lavit")]
 CAT = ROOT / "tests/fixtures/emoji/images/noto/cat-face.png"
 
 
@@ -34,11 +39,12 @@ class Served:
 
     def __init__(self, folder: Path, *options: str):
         self.port = free_port()
-        command = [sys.executable, "-m", "modeling_lavit.command_line", "serve", "--port", str(self.port), *options]
+        command = [*LAVIT, "serve", "--port", str(self.port), *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": open(folder / "stderr.txt", "w"), "text": True}
         self.process = subprocess.Popen(command, cwd=folder, start_new_session=True, **pipes)
         self.ready = "".join(self._read())
         self.root = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.root}/v1", api_key="none", max_retries=0)
 
     def _read(self):
         for line in self.process.stdout:
@@ -47,11 +53,8 @@ class Served:
                 return
         raise AssertionError("the server ended before it was ready")
 
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.root}/v1", api_key="none", max_retries=0)
-
     def draw(self, seed: int = 0) -> str:
-        return self.client().images.generate(prompt="red apple", extra_body={"seed": seed}).data[0].b64_json
+        return self.client.images.generate(prompt="red apple", extra_body={"seed": seed}).data[0].b64_json
 
     def engines(self) -> list[psutil.Process]:
         return [
@@ -73,6 +76,10 @@ def served(tmp_path_factory):
     server.folder = folder
     yield server
     server.process.kill()
+
+
+def pixels(content: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))), dtype=int)
 
 
 def outcome(call) -> tuple[str, float]:
@@ -139,12 +146,13 @@ def test_a_replica_that_is_killed_is_replaced_and_no_image_is_wrong(served):
         killed.set()
         for one in asking:
             one.result()
-    assert all(image == expected[seed] for seed, image in outcomes)
+    for seed, image in outcomes:
+        assert np.abs(pixels(image) - pixels(expected[seed])).max() <= 1
     assert requests.get(f"{served.root}/health").json() == {"status": "ok", "replicas": 1}
 
 
 def test_a_second_server_on_the_same_port_says_so_in_one_line(served):
-    command = [sys.executable, "-m", "modeling_lavit.command_line", "serve", "--port", str(served.port)]
+    command = [*LAVIT, "serve", "--port", str(served.port)]
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 2
     assert second.stderr.startswith("lavit: error:") and "in use" in second.stderr
@@ -152,7 +160,7 @@ def test_a_second_server_on_the_same_port_says_so_in_one_line(served):
 
 def test_a_server_that_is_stopped_ends_what_is_in_flight(served):
     with ThreadPoolExecutor(2) as pool:
-        drawings = [pool.submit(served.client().images.generate, prompt="red apple", n=4) for _ in range(2)]
+        drawings = [pool.submit(served.client.images.generate, prompt="red apple", n=4) for _ in range(2)]
         time.sleep(0.3)
         served.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)

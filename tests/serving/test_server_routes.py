@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -323,3 +324,14 @@ def test_figures_count_requests_by_route_and_status(running, client):
     assert 'lavit_requests_total{route="/v1/images/generations",status="200"}' in figures
     assert 'route="other",status="404"' in figures and "xxx" not in figures
     json.dumps(figures)
+
+
+def test_the_session_of_the_documentation_runs(running, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent.parent / "docs/serving.md").read_text()
+    (session,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("cat.png").write_bytes(CAT.read_bytes())
+    exec(session.replace("http://127.0.0.1:8000", running.root), {})
+    assert Image.open("drawn.png").size == (48, 48) and Image.open("edited.jpg").format == "JPEG"
+    seeds, *texts = capsys.readouterr().out.splitlines()
+    assert seeds == "[7, 8]" and all(text.strip() for text in texts)

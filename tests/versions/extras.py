@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # what each extra brings, tried in its environment
 TRIES = {
     "train": "import modeling_lavit.training.run, modeling_lavit.training.train_language_model",
-    "evaluate": "import modeling_lavit.evaluation.report, torchmetrics",
+    "evaluate": "import modeling_lavit.evaluation.emoji.report, torchmetrics",
     "app": "import gradio, modeling_lavit.app_lavit",
     "serve": "import modeling_lavit.serving, ray.serve, fastapi, uvicorn",
     "ray": "import ray.data, modeling_lavit.training.tokenize_ray",
