@@ -84,6 +84,7 @@ setup(
             "requests-mock",
             "ruff",
             "scipy",
+            "selenium",
             "setuptools",
             "torchsde",
             "trl",

@@ -63,8 +63,7 @@ class Visitor:
     def __init__(self, browser, url: str, tab: str):
         self.browser, self.tab = browser, tab
         browser.get(url)
-        self.wait_for(lambda: self.find_all("button[role=tab]"))
-        next(one for one in self.find_all("button[role=tab]") if one.text == tab).click()
+        self.click("button[role=tab]", tab)
         time.sleep(0.5)
 
     def find_all(self, selector: str) -> list:
@@ -92,8 +91,19 @@ class Visitor:
             self.browser.save_screenshot(path)
         return path
 
+    def click(self, selector: str, text: str) -> None:
+        """Clicks what is visible of a CSS selector and has this text, once it is there."""
+
+        def clicked() -> bool:
+            found = [one for one in self.find_all(selector) if one.text == text]
+            for one in found[:1]:
+                one.click()
+            return bool(found)
+
+        self.wait_for(clicked)
+
     def press(self, label: str) -> None:
-        next(one for one in self.find_all("[role=tabpanel] button") if one.text == label).click()
+        self.click("[role=tabpanel] button", label)
 
     def field(self, label: str):
         return next(
@@ -194,10 +204,10 @@ def test_a_visitor_chats_in_several_turns(visit):
     visitor.wait_for(lambda: visitor.find_all(".thumbnail-item, .thumbnail-wrapper img"))
     say("what is it?")
     visitor.wait_for(lambda: answers() and answers()[-1].strip())
-    next(one for one in visitor.find_all("label") if one.text == "an image").click()
+    visitor.click("label", "an image")
     say("in flat style")
     visitor.wait_for(lambda: visitor.find_all(".message.bot img"))
-    next(one for one in visitor.find_all("label") if one.text == "text").click()
+    visitor.click("label", "text")
     say("which style is this?")
     visitor.wait_for(lambda: len(answers()) == 3 and answers()[-1].strip())
     visitor.look("done")
