@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 project = "LaVIT"
 author = "the LaVIT-HF authors"
@@ -41,6 +41,16 @@ def markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = "".join(result).splitlines()
 
 
+def write_recipe_fields(app) -> None:
+    """Tables that training.md includes."""
+    from recipe_fields import markdown
+
+    folder = Path(app.srcdir) / "_build"
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe_fields.md").write_text(markdown(), encoding="utf-8")
+
+
 def setup(app) -> None:
+    app.connect("builder-inited", write_recipe_fields)
     # before napoleon, which reads what comes out of it
     app.connect("autodoc-process-docstring", markdown_to_rst, priority=100)

@@ -143,6 +143,7 @@ def test_low_rank_adapters_are_written_by_themselves_and_merged(parts, tmp_path)
         tmp_path / "run",
         f"start={parts / 'lavit'}",
         f"data={rows(parts)}",
+        "lora.modules_to_save=null",
         "train_understanding=false",
         "training_arguments.learning_rate=0.1",
         "training_arguments.warmup_steps=0",
@@ -212,6 +213,7 @@ def test_adapters_alone_are_refused_for_new_visual_ids(parts, tmp_path):
         f"tokenizer={parts / 'lowres'}",
         f"language_model={tmp_path / 'llama'}",
         f"data={rows(parts)}",
+        "lora.modules_to_save=null",
     ]
     with pytest.raises(ValueError, match="modules_to_save"):
         train("finetune", tmp_path / "run", *arguments)

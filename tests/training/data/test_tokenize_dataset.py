@@ -263,7 +263,7 @@ DATA = tuple("--dataset parquet --data-files data.parquet --output new".split())
         (("apple.png", "--shard-size", "4"), "--shard-size goes with --dataset"),
         (("--dataset", "pictures"), "--dataset needs --output"),
         (("--dataset", "pictures", "--output", "file"), "file is a file"),
-        (("--dataset", "pictures", "--output", "new", "--show", "kept.png"), "go with pictures"),
+        (("--dataset", "pictures", "--output", "new", "--show", "kept.png"), "go with images"),
         (("--dataset", "pictures", "--output", "new", "--batch-size", "0"), "'0' is no positive whole number"),
         (("--dataset", "./missing", "--output", "new"), "missing"),
         ((*DATA, "--shard-size", "100"), "no multiple"),
