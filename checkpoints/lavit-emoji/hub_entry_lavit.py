@@ -1,8 +1,8 @@
 """Where diffusers begins: it copies what this file imports, and finds what is registered here."""
 
-from .chat_template_lavit import __doc__ as _
 from .calls_lavit import __doc__ as _
 from .candidates_lavit import __doc__ as _
+from .chat_template_lavit import __doc__ as _
 from .checks_lavit import __doc__ as _
 from .compat_lavit import __doc__ as _
 from .configuration_lavit import __doc__ as _
@@ -28,8 +28,8 @@ from .modeling_lavit_visual_tokenizer import __doc__ as _
 from .outputs_lavit import __doc__ as _
 from .pipeline_lavit import __doc__ as _
 from .pipeline_text_to_image import __doc__ as _
-from .post_processing_lavit import __doc__ as _
 from .pixels_lavit import __doc__ as _
+from .post_processing_lavit import __doc__ as _
 from .processing_lavit import __doc__ as _
 from .prompts_lavit import __doc__ as _
 from .scoring_lavit import __doc__ as _
