@@ -8,17 +8,19 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-versions test-extras test-peers bench pictures style docs
+.PHONY: help demo test test-versions test-extras test-peers test-serve test-app bench generate pictures style docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
 	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
 	@echo "make test-versions  the main job with the oldest and the newest libraries, each installed in a folder of its own"
+	@echo "make test-serve   a server on Ray under load, with a replica that is killed; make test-app  the app in a browser"
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
 	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
 	@echo "make pictures  set up, then draw those of training/pictures; DATA=folder for other pictures, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
+	@echo "make generate  set up, then write the code and the card of the embedded checkpoint anew"
 	@echo "make style   set up, then check the style"
 
 demo: export OMP_NUM_THREADS ?= 1
@@ -54,6 +56,15 @@ test-versions: $(VERSIONS:%=.venv-%/.installed)
 test-peers: $(INSTALLED)
 	$(BIN)/python tests/peers/run.py
 
+# minutes: a server on Ray under load, and the app in a browser (chromium and chromium-driver on the machine)
+test-serve: export LAVIT_TEST_SERVE := 1
+test-serve: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/serving/test_server_on_ray.py
+
+test-app: export LAVIT_TEST_APP := 1
+test-app: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests/app
+
 .venv-%/.installed: tests/versions/%.txt setup.py $(INSTALLED)
 	@set -e; rm -rf .venv-$*; $(BIN)/python -m venv .venv-$*; \
 	echo "installing the $* versions into .venv-$*"; \
@@ -88,6 +99,11 @@ docs: export TRANSFORMERS_VERBOSITY := error
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
+
+# the code and the card in the embedded checkpoint's folder
+generate: export HF_HUB_OFFLINE := 1
+generate: $(INSTALLED)
+	$(BIN)/python -m modeling_lavit.publishing.refresh $(MODEL)
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -54,8 +54,9 @@ setup(
         "torch>=2.6",
         "transformers>=5.16,<6",
         "diffusers>=0.40,<1",
-        "accelerate>=1.1",
+        "accelerate>=1.10.1",
         "huggingface_hub>=1.23",
+        "jinja2",
         "safetensors",
         "pillow",
         "numpy",
@@ -84,9 +85,11 @@ setup(
             "ruff",
             "scipy",
             "setuptools",
+            "torchsde",
             "trl",
         ],
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],
+    entry_points={"lmms_eval.models": ["lavit = modeling_lavit.evaluation.lmms_eval_models:manifest"]},
 )

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     import transformers
 
-    from modeling_lavit.hub_lavit import push_folder
+    from modeling_lavit.saving_lavit import upload
 
     from .convert import convert
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             ignore_extra_keys=options.ignore_extra_keys,
         )
         if options.push_to:
-            print(push_folder(options.output, options.push_to, commit_message="Convert LaVIT"))
+            print(upload(options.output, options.push_to, commit_message="Convert LaVIT"))
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:

@@ -12,13 +12,15 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, GenerationConfig, PreTrainedModel
 
-from modeling_lavit.hub_lavit import describe_component, describe_folder, describe_reader
+from modeling_lavit.loading_lavit import build_on_meta, said_of
 from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
 from modeling_lavit.pipeline_lavit import LavitPipeline
 from modeling_lavit.processing import LavitImageProcessor, LavitProcessor
+from modeling_lavit.publishing.card import write_model_card
 
 from . import keys, sizes
+from .describing import describe_component, describe_folder, describe_reader
 from .source import find_file, find_shards, load, load_shards, name_some, read_json
 from .text_tokenizer import convert_text_tokenizer
 from .writing import Plan, StateDict, check_space, plan_weights, whole_folder, write_weights
@@ -106,15 +108,22 @@ def convert(
             f"attention heads: {visual_config.num_attention_heads} in the vision tower, "
             f"{visual_config.merger_num_attention_heads} in merger and decoders (weights do not tell)"
         )
+        num_visual_weights = len(visual.generation) + len(visual.reading)
         share_merger = _check_reading(visual)
         if share_merger:
             report("reading and drawing use equal merger weights: stored once")
         del visual
 
         config = sizes.lavit_config(text_config, visual_config, text_vocab_size, share_merger)
-        model = _on_meta(lambda: LavitForConditionalGeneration(config))
-        model.generation_config = _generation_config(text_config)
         shards = find_shards(official / language_model, "model", "pytorch_model")
+        num_weights = len(load_shards(shards)) + num_visual_weights
+        model = build_on_meta(
+            lambda: LavitForConditionalGeneration(config).eval(),
+            config.to_dict(),
+            num_weights,
+            official / language_model / "config.json",
+        )
+        model.generation_config = _generation_config(text_config)
         plans = [
             plan_weights(
                 "language model and visual tokenizer",
@@ -146,21 +155,33 @@ def convert(
         precision = f", and their precision to {str(dtype).removeprefix('torch.')}" if dtype else ""
         card = {
             "notice": NOTICE.format(base_model=base_model, precision=precision),
-            "lowres": len(variants) > 1,
             "license": "other",
             "license_name": "lavit-community-license",
             "license_link": "https://github.com/jy0205/LaVIT/blob/main/LICENSE",
             "base_model": base_model,
         }
-        _write_description(folder, components, decoders, card)
-        for pattern in LICENSE_FILES:
-            for file in official.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        _write_description(folder, components, decoders)
+        for file in _licence_files(official):
+            shutil.copyfile(file, folder / file.name)
         total = sum(plan.num_bytes for plan in plans)
         with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as progress:
             for plan in plans:
                 write_weights(plan, folder, progress)
+        write_model_card(folder, **card)
     report(f"{output}: {total / 1e9:.2f} GB, pixel decoder: {' and '.join(variants) or 'none'}")
+
+
+def _licence_files(official: Path) -> list[Path]:
+    """Licences of the official directory; a link to a file elsewhere, but for the cache's own, is refused."""
+    files = sorted(file for pattern in LICENSE_FILES for file in official.glob(pattern))
+    inside = [official.resolve()]
+    if official.resolve().parent.name == "snapshots":
+        # huggingface_hub's cache: snapshots/COMMIT/LICENSE is a link into blobs/
+        inside.append(official.resolve().parents[1] / "blobs")
+    for file in files:
+        if not file.is_file() or not any(file.resolve().is_relative_to(folder) for folder in inside):
+            raise ValueError(f"{file} is a link or no file: copy the licence itself into the directory")
+    return files
 
 
 def _has(official: Path, variant: str) -> bool:
@@ -244,14 +265,19 @@ def _safety_checker(official: Path, dtype: torch.dtype | None, plans: list[Plan]
         return {}
     if not (source / "feature_extractor").is_dir():
         raise FileNotFoundError(f"{source / 'feature_extractor'} is missing; the safety checker needs it")
-    read_json(source / "safety_checker" / "config.json")
-    config = CLIPConfig.from_pretrained(source / "safety_checker")
-    checker = _on_meta(lambda: StableDiffusionSafetyChecker(config))
     read = _reader(find_shards(source / "safety_checker", "model", "pytorch_model"), keys.rename_safety_checker)
+    file = source / "safety_checker" / "config.json"
+    read_json(file)
+    with said_of(f"{file} describes no safety checker"):
+        config = CLIPConfig.from_pretrained(source / "safety_checker")
+    checker = build_on_meta(lambda: StableDiffusionSafetyChecker(config).eval(), config.to_dict(), len(read()), file)
     plans.append(plan_weights("safety checker", read, checker.state_dict(), "safety_checker", "model", dtype))
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype or torch.float32
-    extractor = CLIPImageProcessor.from_pretrained(source / "feature_extractor")
+    file = source / "feature_extractor" / "preprocessor_config.json"
+    read_json(file)
+    with said_of(f"{file} describes no image processor"):
+        extractor = CLIPImageProcessor.from_pretrained(source / "feature_extractor")
     return {"safety_checker": checker, "feature_extractor": extractor}
 
 
@@ -276,7 +302,9 @@ def _pixel_decoder(
             weights["unconditional_embedding"] = _unconditional_rows(rows_file)
         return weights
 
-    detokenizer = _on_meta(lambda: LavitDetokenizer(config))
+    detokenizer = build_on_meta(
+        lambda: LavitDetokenizer(config).eval(), config.to_dict(), len(read_detokenizer()), decoder_file
+    )
     plan = plan_weights(
         f"{variant} decoder", read_detokenizer, detokenizer.state_dict(), f"{within}detokenizer", "model", dtype
     )
@@ -287,10 +315,15 @@ def _pixel_decoder(
         ("unet", UNet2DConditionModel, None),
         ("vae", AutoencoderKL, keys.rename_vae),
     ):
-        read_json(source / name / "config.json")
-        loaded = model_class.load_config(source / name)
-        component = _on_meta(lambda: model_class.from_config(loaded))  # noqa: B023
+        file = source / name / "config.json"
+        loaded = read_json(file)
         shards = find_shards(source / name, "diffusion_pytorch_model")
+        component = build_on_meta(
+            lambda: model_class.from_config(loaded).eval(),  # noqa: B023
+            loaded,
+            len(load_shards(shards)),
+            file,
+        )
         plans.append(
             plan_weights(
                 f"{variant} {name}",
@@ -302,8 +335,10 @@ def _pixel_decoder(
             )
         )
         components[name] = component
-    read_json(source / "scheduler" / "scheduler_config.json")
-    components["scheduler"] = DDIMScheduler.from_pretrained(source / "scheduler")
+    file = source / "scheduler" / "scheduler_config.json"
+    read_json(file)
+    with said_of(f"{file} describes no scheduler"):
+        components["scheduler"] = DDIMScheduler.from_pretrained(source / "scheduler")
     width = components["unet"].config.cross_attention_dim
     if width != sum(config.prompt_embed_dims):
         raise ValueError(
@@ -328,11 +363,6 @@ def _reader(shards: dict, rename: Callable[[StateDict], StateDict] | None) -> Ca
     return read
 
 
-def _on_meta(build: Callable):
-    with torch.device("meta"):
-        return build().eval()
-
-
 def _state_dict(model: PreTrainedModel, tied: bool) -> StateDict:
     weights = model.state_dict()
     if tied:
@@ -347,13 +377,13 @@ def _generation_config(text_config) -> GenerationConfig:
     return config
 
 
-def _write_description(folder: Path, components: dict, decoders: dict, card: dict):
-    """Everything but the weights."""
+def _write_description(folder: Path, components: dict, decoders: dict):
+    """Everything but the weights and the card."""
     if not decoders:
-        describe_reader(components["model"], components["processor"], folder, **card)
+        describe_reader(components["model"], components["processor"], folder)
         return
     first, *others = decoders.values()
-    describe_folder(LavitPipeline(**components, **first), folder, **card)
+    describe_folder(LavitPipeline(**components, **first), folder)
     for other in others:
         for name, component in other.items():
             describe_component(component, folder / LOWRES_FOLDER / name)

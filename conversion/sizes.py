@@ -6,6 +6,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_lavit.configuration_lavit import LavitConfig, LavitDetokenizerConfig, LavitVisualTokenizerConfig
+from modeling_lavit.loading_lavit import said_of
+
+from .source import read_json
 
 
 OFFICIAL_WIDTH, OFFICIAL_HEADS = 1408, 16
@@ -30,9 +33,10 @@ def choose_heads(width: int, text_config: PreTrainedConfig, heads: int | None) -
 
 def text_config(folder: Path) -> PreTrainedConfig:
     """Of the language model's folder."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'} is missing: download it again")
-    return AutoConfig.from_pretrained(folder)
+    file = folder / "config.json"
+    read_json(file)
+    with said_of(f"{file} describes no language model"):
+        return AutoConfig.from_pretrained(folder)
 
 
 def visual_config(

@@ -1,6 +1,5 @@
 """Reading official weights: `.bin` or `.safetensors`, one file or shards. Nothing is ever unpickled but tensors."""
 
-import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from modeling_lavit.loading_lavit import is_compressed, read_json_object, read_weight_map
 
 
 def find_file(folder: Path, stem: str) -> Path:
@@ -38,7 +39,7 @@ def find_shards(folder: Path, *stems: str) -> dict[Path, set[str] | None]:
             index, single = folder / f"{stem}{ending}.index.json", folder / f"{stem}{ending}"
             if index.is_file():
                 shards: dict[Path, set[str] | None] = {}
-                for key, name in read_json(index).get("weight_map", {}).items():
+                for key, name in read_weight_map(index).items():
                     shards.setdefault(folder / name, set()).add(key)
                 missing = [str(path) for path in shards if not path.is_file()]
                 if missing or not shards:
@@ -51,18 +52,10 @@ def find_shards(folder: Path, *stems: str) -> dict[Path, set[str] | None]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file.
-
-    Raises:
-        OSError: it is missing.
-        ValueError: it is damaged.
-    """
+    """A JSON file that holds an object, see [`read_json_object`]; `OSError` if it is missing."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: download it again")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON, it is truncated or damaged: {error}") from error
+    return read_json_object(path)
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
@@ -75,20 +68,29 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # files of PyTorch before 1.6 are no zip archives, and cannot be mapped
-        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        # files of PyTorch before 1.6 are no zip archives, and compressed ones hold no numbers: neither can be mapped
+        mapped = zipfile.is_zipfile(path) and not is_compressed(path)
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise ValueError(f"{path} asks to run code when it is read: refused, nothing was run") from error
         raise OSError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    except (SafetensorError, RuntimeError, EOFError, KeyError, ValueError, UnicodeDecodeError) as error:
+    except (SafetensorError, RuntimeError, LookupError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise OSError(f"{path} is truncated or damaged: {_first_line(error)}") from error
     if isinstance(content, torch.Tensor):
         content = {"": content}
-    wrong = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: not a state dict")
+    wrong = [key for key, value in content.items() if not isinstance(key, str) or not _is_plain(value)]
     if wrong:
         raise ValueError(f"{path} holds {', '.join(map(repr, wrong[:3]))}, which are no tensors: not a state dict")
     return content
+
+
+def _is_plain(value) -> bool:
+    """Whether a value is a tensor whose numbers lie in memory as they are."""
+    is_tensor = isinstance(value, torch.Tensor)
+    return is_tensor and value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
 
 
 def load_shards(shards: dict[Path, set[str] | None]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,6 @@
 """Writing the converted folder: in shards, each read and released before the next, and all of it or nothing."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from modeling_lavit.atomic_lavit import replaced_together
 
 from .source import name_some
 
@@ -34,6 +35,7 @@ class Plan:
         shapes: the same on the meta device, with the shapes and types as they will be written.
         folder: where they go, relative to the converted folder.
         stem: of the files, "model" or "diffusion_pytorch_model".
+        official_name: of one of our names, for messages.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Plan:
     shapes: StateDict
     folder: str
     stem: str
+    official_name: Callable[[str], str] = str
 
     @property
     def num_bytes(self) -> int:
@@ -59,10 +62,9 @@ def plan_weights(
     """Checks that the weights are exactly those that a model has.
 
     Args:
-        name, read, folder, stem: see [`Plan`].
+        name, read, folder, stem, official_name: see [`Plan`].
         target: the state dict of our model, on the meta device.
         dtype: that floating-point weights are written in, but for codebooks; `None` keeps each as it is.
-        official_name: of one of our names, for messages.
 
     Raises:
         ValueError: a weight is missing, has no place in the model, or has another shape.
@@ -82,11 +84,16 @@ def plan_weights(
     if wrong:
         raise ValueError(f"{name}: weights have other shapes than the configuration says: {name_some(wrong)}")
     shapes = {key: torch.empty_like(_cast(key, weights[key], dtype, "meta")) for key in target}
-    return Plan(name, read, shapes, folder, stem)
+    return Plan(name, read, shapes, folder, stem, official_name)
 
 
 def write_weights(plan: Plan, root: Path, progress: tqdm):
-    """Writes `plan`'s weights below `root` as safetensors, with an index where there are several files."""
+    """Writes `plan`'s weights below `root` as safetensors, with an index where there are several files.
+
+    Raises:
+        OSError: they cannot be written.
+        ValueError: a weight is not finite, or not any more in the type that it is written in.
+    """
     folder = root / plan.folder
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
@@ -106,6 +113,7 @@ def write_weights(plan: Plan, root: Path, progress: tqdm):
         tensors = {}
         for key in keys:
             tensors[key] = _cast(key, weights[key], plan.shapes[key].dtype, "cpu").contiguous()
+            _check_finite(plan, key, weights[key], tensors[key])
             progress.update(tensors[key].nbytes)
         del weights
         _save(tensors, folder / name)
@@ -128,9 +136,7 @@ def check_space(num_bytes: int, folder: Path):
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that becomes it at the end, and is removed if anything fails.
-
-    What earlier, interrupted runs left is removed first.
+    """A temporary folder beside `output` that becomes it at the end, see [`replaced_together`].
 
     Raises:
         ValueError: `output` is a file, or a folder with something in it.
@@ -139,18 +145,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
         raise ValueError(f"{output} is a file: name a folder that does not exist")
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: remove it, or name a folder that does not exist")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}.partial-"
-    for stale in output.parent.glob(f"{prefix}*"):
-        if not _is_running(stale.name.removeprefix(prefix)):
-            shutil.rmtree(stale)
-    temporary = output.parent / f"{prefix}{os.getpid()}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replaced_together(output) as folder:
+        yield folder
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None, device: str) -> torch.Tensor:
@@ -158,18 +154,17 @@ def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None, device: str
     return tensor.to(device, tensor.dtype if keep else dtype, copy=True)
 
 
+def _check_finite(plan: Plan, key: str, source: torch.Tensor, written: torch.Tensor):
+    if written.isfinite().all():
+        return
+    name = f"{plan.name}: {plan.official_name(key)}"
+    if source.isfinite().all():
+        raise ValueError(f"{name} has values that {written.dtype} cannot hold: take --dtype bfloat16 or float32")
+    raise ValueError(f"{name} holds NaN or infinite values: download the weights again")
+
+
 def _save(tensors: StateDict, path: Path):
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise OSError(f"{path.name} could not be written, is the disk full? ({error})") from error
-
-
-def _is_running(process_id: str) -> bool:
-    try:
-        os.kill(int(process_id), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -4,6 +4,7 @@ No Java is needed; METEOR and SPICE are the official programs' own and need it (
 """
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
@@ -13,11 +14,12 @@ from .ptb import tokenize
 Id = Hashable
 SIGMA = 6.0  # of CIDEr-D's penalty on lengths
 BETA = 1.2  # how much more recall counts than precision in ROUGE-L
+JAVA_METRICS = ("METEOR", "SPICE")
 ORDERS = 4  # n-grams of 1 to 4 words
 
 
 def score_captions(
-    predictions: dict[Id, str], references: dict[Id, Sequence[str]], java: bool = False
+    predictions: dict[Id, str], references: dict[Id, Sequence[str]], java: Sequence[str] = ()
 ) -> tuple[dict[str, float], dict[Id, dict[str, float]]]:
     """Scores one caption an image against its references.
 
@@ -26,7 +28,7 @@ def score_captions(
     Args:
         predictions: image id to caption.
         references: image id to captions; those of exactly the same ids are used.
-        java: METEOR and SPICE, too.
+        java: of `JAVA_METRICS`, those to compute too.
 
     Returns:
         scores of the whole by their official names (CIDEr from 0 to 10, the others from 0 to 1), and of each image.
@@ -34,7 +36,7 @@ def score_captions(
     Raises:
         ValueError: there is nothing to score, or an image has no reference.
         ImportError: `java` without the package pycocoevalcap.
-        OSError: `java` without Java.
+        OSError: `java` without Java, or SPICE without its models, which the package downloads.
     """
     if not predictions:
         raise ValueError("there are no captions to score")
@@ -46,17 +48,24 @@ def score_captions(
     reference_words = [[next(tokenized) for _ in references[key]] for key in ids]
     candidate_words = tokenize([predictions[key] for key in ids])
 
-    columns = {"CIDEr": cider(candidate_words, reference_words)}
-    columns["ROUGE_L"] = [rouge_l(*pair) for pair in zip(candidate_words, reference_words, strict=True)]
+    columns = {"ROUGE_L": [rouge_l(*pair) for pair in zip(candidate_words, reference_words, strict=True)]}
+    # the programs divide tokens of several words ("1 1/2"), but for ROUGE-L
+    candidate_words = [_divided(words) for words in candidate_words]
+    reference_words = [[_divided(words) for words in group] for group in reference_words]
+    columns["CIDEr"] = cider(candidate_words, reference_words)
     totals = {name: sum(values) / len(values) for name, values in columns.items()}
     corpus, by_image = bleu(candidate_words, reference_words)
     for order in range(ORDERS):
         totals[f"Bleu_{order + 1}"] = corpus[order]
         columns[f"Bleu_{order + 1}"] = [scores[order] for scores in by_image]
     if java:
-        for name, (total, values) in java_scores(ids, candidate_words, reference_words).items():
+        for name, (total, values) in java_scores(java, candidate_words, reference_words).items():
             totals[name], columns[name] = total, values
     return totals, {key: {name: values[i] for name, values in columns.items()} for i, key in enumerate(ids)}
+
+
+def _divided(words: list[str]) -> list[str]:
+    return " ".join(words).split()
 
 
 def ngrams(words: Sequence[str]) -> Counter:
@@ -144,11 +153,9 @@ def longest_common(first: list[str], second: list[str]) -> int:
 
 
 def java_scores(
-    ids: list[Id], candidates: list[list[str]], references: list[list[list[str]]]
+    metrics: Sequence[str], candidates: list[list[str]], references: list[list[list[str]]]
 ) -> dict[str, tuple[float, list[float]]]:
     """METEOR and SPICE of the whole and of each image, by pycocoevalcap and Java."""
-    import shutil
-
     try:
         from pycocoevalcap.meteor.meteor import Meteor
         from pycocoevalcap.spice.spice import Spice
@@ -158,9 +165,15 @@ def java_scores(
         raise OSError("METEOR and SPICE need Java: there is no command java")
     candidate_lines = {i: [" ".join(words)] for i, words in enumerate(candidates)}
     reference_lines = {i: [" ".join(words) for words in group] for i, group in enumerate(references)}
-    meteor, by_image = Meteor().compute_score(reference_lines, candidate_lines)
-    spice, details = Spice().compute_score(reference_lines, candidate_lines)
-    return {
-        "METEOR": (float(meteor), [float(value) for value in by_image]),
-        "SPICE": (float(spice), [float(detail["All"]["f"]) for detail in details]),
-    }
+    scores = {}
+    if "SPICE" in metrics:
+        try:
+            spice = Spice()
+        except OSError as error:
+            raise OSError(f"SPICE downloads its models when it is first used, and could not: {error}") from error
+        total, details = spice.compute_score(reference_lines, candidate_lines)
+        scores["SPICE"] = float(total), [float(detail["All"]["f"]) for detail in details]
+    if "METEOR" in metrics:
+        total, values = Meteor().compute_score(reference_lines, candidate_lines)
+        scores["METEOR"] = float(total), [float(value) for value in values]
+    return scores

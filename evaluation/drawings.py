@@ -119,11 +119,9 @@ def evaluate_drawings(
         images: folder of real images, for FID.
         predictions: folder of drawings with the suite's file names, instead of a model.
         inception: see [`load_inception`]; with `images`.
-        clip: folder or repository of a CLIP, for the CLIP score.
-        rerank: the CLIP that chooses among candidates, to mark scores by the same one.
-        n: images a prompt, where the suite's program takes another number than its own.
-        limit: so many prompts, drawn with `seed`.
-        seed: of the choices; images are the worker's.
+        clip: folder or repository of a CLIP, for the CLIP score; `rerank`, the one that chooses, to mark it.
+        n: images a prompt, where the suite's program takes other numbers.
+        limit, seed: so many prompts, and of that choice.
         device: of Inception and CLIP.
         run_model: see [`evaluate_captions`].
 
@@ -131,8 +129,7 @@ def evaluate_drawings(
         what results.json holds; None where `run_model` returned that.
 
     Raises:
-        ValueError, OSError: the files are not as they should be.
-        ImportError: FID by its own weights without torch-fidelity.
+        ValueError, OSError, ImportError: the files are not as they should be, or a package is missing.
     """
     if (images is None) != (inception is None):
         raise ValueError("FID needs both --images, the real ones, and --inception")
@@ -151,13 +148,9 @@ def evaluate_drawings(
         settings["predictions"] = str(predictions)
         OutputFolder(output)
     else:
-        folder = Path(output) / IMAGES
-        items = [{"key": row.id, "text": row.text, "files": row.files, "images": row.images} for row in rows]
-        settings["samples"] = hash_ids(row.id for row in rows)
-        if run_model(output, settings, items) is None:
+        folder, settings = Path(output) / IMAGES, _draw(suite, rows, Path(output), settings, run_model)
+        if settings is None:
             return None
-        settings = read_json(Path(output) / "settings.json")
-        write_extras(suite, rows, folder if suite == "geneval" else Path(output))
     drawn = drawn_prompts(rows, folder, findings)
     warn(findings)
     results, notes = _scores(suite, drawn, folder, fid, real, scorer)
@@ -176,6 +169,15 @@ def evaluate_drawings(
     }
     write_results(Path(output), results, notes)
     return results
+
+
+def _draw(suite: str, rows: list[DrawingPrompt], output: Path, settings: dict, run_model: Callable) -> dict | None:
+    """Has the images drawn that are missing; the settings that were written down, on the main process."""
+    items = [{"key": row.id, "text": row.text, "files": row.files, "images": row.images} for row in rows]
+    if run_model(output, settings | {"samples": hash_ids(row.id for row in rows)}, items) is None:
+        return None
+    write_extras(suite, rows, output / IMAGES if suite == "geneval" else output)
+    return read_json(output / "settings.json")
 
 
 def drawn_prompts(rows: list[DrawingPrompt], folder: Path, findings: Findings) -> list[DrawingPrompt]:

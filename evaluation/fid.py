@@ -46,8 +46,10 @@ class Fid:
     """
 
     def __init__(self, source: str, device: str | torch.device = "cpu"):
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
+        try:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+        except ImportError as error:
+            raise ImportError("FID needs torchmetrics: pip install torchmetrics") from error
         feature = load_inception(source)
         options = {"feature_extractor_weights_path": source} if feature == 2048 else {}
         try:

@@ -57,9 +57,10 @@ def run_model(
     Raises:
         ValueError: the folder was begun with other settings.
     """
-    from modeling_lavit.training.sources import process_state
+    import torch
+    from accelerate import PartialState
 
-    state = process_state()
+    state = PartialState(cpu=not torch.cuda.is_available())
     folder = OutputFolder(output, state.process_index, state.num_processes)
     if state.is_main_process:
         settings = settings | {"model": model, "checkpoint": checkpoint_hash(model), "batch_size": batch_size}

@@ -32,7 +32,7 @@ NUMBER_ABBREVIATIONS = "art ca fig figs no nos op pp prop".split()  # in front o
 # ... of which one of a single letter loses it
 SENTENCE_STARTS = """
     A About According Additionally After An As At But Earlier He Her Here However If In It
-    Last Lemme Many More Mr Ms Now Once One Other Our She Since So Some Such That The Their Then There These They This
+    Last Lemme Many More Now Once One Other Our She Since So Some Such That The Their Then There These They This
     We What When While Yet You
 """.split()
 
@@ -48,7 +48,7 @@ NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
 ENDING = rf"{APOSTROPHE}(?:[msdMSD]|re|ve|ll|RE|VE|LL)"
 NEGATION = rf"[nN]{ANY_APOSTROPHE}[tT]"
 ACRONYM = r"[A-Za-z](?:\.[A-Za-z])+"
-HYPHENATED = rf"(?:{ACRONYM}\.|\d+\.\d+(?=[-_])|{LETTERS})(?:[-_]{LETTERS})*"
+HYPHENATED = rf"(?:{ACRONYM}\.|[A-Za-z]*\d+(?:\.[A-Za-z\d]+)+(?=[-_])|{LETTERS})(?:[-_]{LETTERS})*"
 SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"
 JOINED = r"[A-Z]+(?:(?:\+|&(?:amp;)?)[A-Z]+)+"
 ADDRESS_END = r"[^\s\"<>|.!?(){},\-]"
@@ -82,7 +82,7 @@ FILE_NAME = (
     rf"{LETTERS}(?:\.{LETTERS})*\.(?i:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov|mp[34g]|"
     r"pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav|x|xml|zip|3gp|wm[va]|avi|flv)"
 )
-SITE = r"(?:www\.(?:[^\s\"<>|.!?(){},]+\.)+[A-Za-z]{2,4}|(?:[^\s\"`'“”‘’<>|.!?(){},\-_$/]+\.)+(?:com|net|org|edu))"
+SITE = r"(?:www\.(?:[^\s\"<>|.!?(){},]+\.)+[A-Za-z]{2,4}|(?:[^\s\"`'<>|.!?(){},\-_$/@]+\.)+(?:com|net|org|edu))"
 PHONE = r"(?:\(\d{2,3}\)[  ]?|(?:\+\+?)?(?:\d{2,4}[-  ])?\d{2,4}[-  ])\d{3,4}[-  ]?\d{3,5}"
 SYMBOLS = (
     "!-@\\[-`{-~\x80\x91-\x94\x96\x97¡-¬®-¿×÷\u2013-\u201e\u2020-\u2023\u2026\u2030-\u203b\u20ac"
@@ -117,12 +117,12 @@ RULES = [
     (FILE_NAME, r"(?![^\W_])"),
     (r"[A-Z]*\$|#", ""),
     (rf"(?:{ABBREVIATION}|{ACRONYM})\.", ""),
-    (r"[A-Za-z]\.", rf"(?!\s+(?:{SENTENCE_START})(?:\s|$))"),
+    (r"[A-Za-z]\.", rf"(?!\s+(?:(?:{SENTENCE_START})(?:\s|$)|Mr\.\s|</?[A-Za-z]))"),
     (rf"(?:{_any_case(NUMBER_ABBREVIATIONS)})\.", r"\s?\d"),
     (rf"(?:{WORD}|{LETTERS}(?:[-_]{LETTERS})*|{JOINED})\.", "[,;:]"),
     (r"\.{3,5}", ""),
     (r"[?!]+", ""),
-    (r"\*+|_+|##+|''|``", ""),
+    (r"\*+|_+|##+|''|[`“‘’]{2,}", ""),
     (SMILEY, ""),
     (r"[-^x=~<>']_[-^x=~<>']|<<|>>", ""),
     (rf"{'|'.join(ENTITIES)}", ""),
@@ -188,6 +188,8 @@ def _tokens(text: str) -> Iterator[tuple[int, str]]:
 def _normalized(token: str) -> str:
     if token in NORMALIZED:
         return NORMALIZED[token]
+    if re.fullmatch("[`“‘’]+", token):
+        return "".join(NORMALIZED.get(mark, mark) for mark in token)
     if re.fullmatch(f"{ENDING}|{NEGATION}", token):
         token = re.sub(ANY_APOSTROPHE, "'", token)
     token = token.replace("(", "-lrb-").replace(")", "-rrb-")
@@ -198,7 +200,8 @@ def tokenize(captions: list[str]) -> list[list[str]]:
     """The words of each caption.
 
     They are read as lines of one text, as the official programs do: in a few cases ("plan B." in front of "A man")
-    what a line begins with decides the end of the line before. Line breaks in a caption are spaces.
+    what a line begins with decides the end of the line before. Line breaks in a caption are spaces. A token that spans
+    words ("1 1/2") has no-break spaces inside.
     """
     lines = [" ".join(caption.splitlines()) for caption in captions]
     starts = list(accumulate((len(line) + 1 for line in lines), initial=0))

@@ -39,8 +39,8 @@ def evaluate_retrieval(
 ) -> dict | None:
     """Recall among the images and captions of a split.
 
-    A text's image is searched by the text's log-likelihood behind each image; an image's texts by theirs less their
-    mean over all images, without which short and frequent texts would win.
+    Images are ranked by the text's log-likelihood behind them; texts by theirs less their mean over all images,
+    without which short and frequent ones would win.
 
     Args:
         annotations, output, images, split, limit, seed: see [`evaluate_captions`].

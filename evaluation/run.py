@@ -29,7 +29,7 @@ def evaluate_captions(
     split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
-    java: bool = False,
+    java: Sequence[str] = (),
     run_model: Callable | None = None,
 ) -> dict | None:
     """Scores captions of a file, or has a model write them.
@@ -41,7 +41,7 @@ def evaluate_captions(
         predictions: a submission file, instead of images and model.
         split: of the annotations.
         limit: so many images, drawn with `seed`.
-        java: METEOR and SPICE, too.
+        java: see [`score_captions`].
         run_model: `run_model(output, settings, items)` writes the missing predictions and returns all rows in order,
             or None in processes that are not the main one.
 
@@ -74,7 +74,9 @@ def evaluate_captions(
     return _caption_results(folder, data, captions, settings, java)
 
 
-def _caption_results(folder: Path, data: CaptionSet, captions: dict[str, str], settings: dict, java: bool) -> dict:
+def _caption_results(
+    folder: Path, data: CaptionSet, captions: dict[str, str], settings: dict, java: Sequence[str]
+) -> dict:
     by_id = {str(row.id): row for row in data.rows}
     write_json(
         folder / "submission.json", [{"image_id": by_id[key].id, "caption": text} for key, text in captions.items()]
@@ -141,14 +143,9 @@ def evaluate_answers(
     lemmatizer = load_lemmatizer() if lemmatize else None
     data = read_questions(questions, annotations)
     data.rows = choose(data.rows, limit, seed)
-    settings = {
-        "questions": None if questions is None else str(questions),
-        "annotations": None if annotations is None else str(annotations),
-        "protocol": protocol,
-        "lemmatize": lemmatize,
-        "limit": limit,
-        "seed": seed,
-    }
+    names = {"questions": questions, "annotations": annotations}
+    settings = {name: None if path is None else str(path) for name, path in names.items()}
+    settings |= {"protocol": protocol, "lemmatize": lemmatize, "limit": limit, "seed": seed}
     answerable: dict[str, float] = {}
     if predictions is not None:
         answers = read_answer_predictions(predictions, data)

@@ -81,8 +81,10 @@ class TokenWorker:
 
 def compare_pixels(image: Image.Image, drawn: Image.Image) -> dict[str, float]:
     """PSNR in dB, at most 100, and SSIM of a reconstruction, at its own size."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
+    try:
+        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    except ImportError as error:
+        raise ImportError("--reconstruct needs torchmetrics: pip install torchmetrics") from error
     target, other = to_tensor(image, drawn.size)[None], to_tensor(drawn, drawn.size)[None]
     return {
         "psnr": min(100.0, float(peak_signal_noise_ratio(other, target, data_range=1.0))),

@@ -25,6 +25,7 @@ from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer  # noqa: E402
 from .pipeline_lavit import LavitPipeline  # noqa: E402
 from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
 from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
+from .publishing import use_package  # noqa: E402
 from .small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel  # noqa: E402
 from .visual_tokens_lavit import LavitVisualTokens  # noqa: E402
 from .vocabulary_lavit import LavitVocabulary  # noqa: E402
@@ -44,6 +45,7 @@ register_classes(
     vae=LavitPatchAutoencoder,
 )
 load_without_flag(LavitPipeline)
+use_package()
 PIPELINE_REGISTRY.register_pipeline(
     "text-to-image", pipeline_class=LavitTextToImagePipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
 )

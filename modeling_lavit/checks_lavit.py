@@ -68,11 +68,25 @@ def check_scheduler(scheduler, num_inference_steps: int):
 
 
 def check_interval(interval: tuple[float, float]):
-    start, stop = interval
-    if not 0 <= start < stop <= 1:
+    if not _is_pair(interval) or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(
-            f"decoder_guidance_interval must be (start, stop) with 0 <= start < stop <= 1, got {(start, stop)}"
+            f"decoder_guidance_interval must be (start, stop) with 0 <= start < stop <= 1, got {interval!r}"
         )
+
+
+def check_pair(name: str, value: tuple[int, int] | None):
+    if value is not None and not _is_pair(value):
+        raise ValueError(f"{name} must be two numbers of pixels, got {value!r}")
+
+
+def _is_pair(value: Any) -> bool:
+    numeric = isinstance(value, list | tuple) and all(isinstance(one, numbers.Real) for one in value)
+    return numeric and len(value) == 2
+
+
+def check_tensor_inputs(given: Sequence[str], allowed: list[str]):
+    if not isinstance(given, list | tuple) or not set(given) <= set(allowed):
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {allowed}, got {given!r}")
 
 
 def check_output_type(output_type: str, vae):

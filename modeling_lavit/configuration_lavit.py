@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .saving_lavit import SavedWithCodeMixin
 from .vocabulary_lavit import LavitVocabulary
 
 
@@ -16,18 +17,10 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SELECTIONS = ("sample", "argmax", "all")
 STEMS = ("linear", "convolutional")
-# Where the Auto classes find the code in a saved folder. `PreTrainedModel.save_pretrained` would name one of them.
-AUTO_MAP = {
-    "AutoConfig": "configuration_lavit.LavitConfig",
-    "AutoModel": "modeling_lavit.LavitModel",
-    "AutoModelForCausalLM": "modeling_lavit.LavitForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_lavit.LavitForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_lavit.LavitForConditionalGeneration",
-}
 
 
 @strict
-class LavitVisualTokenizerConfig(PreTrainedConfig):
+class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
     """Configuration of [`LavitVisualTokenizer`]: encoder, selector, merger, quantizer (paper section 3.1).
 
     Args:
@@ -95,7 +88,7 @@ class LavitVisualTokenizerConfig(PreTrainedConfig):
 
 
 @strict
-class LavitDetokenizerConfig(PreTrainedConfig):
+class LavitDetokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
     """Configuration of [`LavitDetokenizer`]: visual codes to the conditions of a denoising UNet (paper section 3.1,
     Eq. 5).
 
@@ -144,7 +137,7 @@ class LavitDetokenizerConfig(PreTrainedConfig):
 
 
 @strict
-class LavitConfig(PreTrainedConfig):
+class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
     """Configuration of [`LavitModel`] and [`LavitForConditionalGeneration`] (paper section 3.2).
 
     Args:
@@ -180,7 +173,6 @@ class LavitConfig(PreTrainedConfig):
             # the task of the imported package wins over a folder's code, as its models do
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
         # the language model lifted out as a stock one reads its own config
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
         needed = self.vocabulary.size

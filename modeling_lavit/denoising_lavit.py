@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from transformers import StoppingCriteria
 
 from .calls_lavit import RunningCall
@@ -48,6 +49,15 @@ class LavitDenoiser(StableDiffusionXLPipeline):
     @property
     def interrupt(self) -> bool:
         return self._interrupt or self._call.interrupted
+
+    def __call__(self, *args, callback_on_step_end: Callable | None = None, **kwargs):
+        callback = callback_on_step_end
+        if callback is not None and not isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+
+            def callback_on_step_end(*given):
+                return callback(*given) or {}
+
+        return super().__call__(*args, callback_on_step_end=callback_on_step_end, **kwargs)
 
     def progress_bar(self, iterable=None, total: int | None = None):
         return self._pipeline.progress_bar(iterable, total)

@@ -2,63 +2,62 @@
 
     config.json model.safetensors tokenizer.json processor_config.json ...   transformers' files
     model_index.json detokenizer/ unet/ vae/ scheduler/                      diffusers' files
-    *.py                                                                     the code, flat
+    lavit_transformers.py lavit_diffusers.py                                 the code, generated
     README.md                                                                the model card
 
 How the code is found. transformers reads `auto_map` (and `custom_pipelines`) of its config files. diffusers runs the
-entry file that `model_index.json` names. That file imports every other one, because diffusers copies only what it
-imports, and makes the classes known to both libraries under their own names, as importing the package does. So no code
-is needed in the components' folders, and the model and the processor can stay at the root.
+file that `model_index.json` names, which makes the classes known to both libraries under their own names, as importing
+the package does. So no code is needed in the components' folders, and the model and the processor stay at the root.
 """
 
-import importlib
-import json
 import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import diffusers
 import transformers
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from .atomic_lavit import weights_of
 from .compat_lavit import AutoImageProcessor
+from .loading_lavit import (
+    HUB_OPTIONS,
+    build_on_meta,
+    is_plain_name,
+    read_config,
+    read_json_object,
+    read_shapes,
+    read_weight_map,
+    wrong_shapes,
+)
+from .saving_lavit import DIFFUSERS_CODE, GENERATION_AUTO_CLASSES, TRANSFORMERS_CODE
 
 
-# components that live in the folder itself, not in a folder of their own
-AT_ROOT = ("processor", "model")
-ENTRY = "hub_entry_lavit"
-CARD = "model_card_lavit"
-GENERATION_AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
-TEXT_TO_IMAGE = {
-    "impl": "pipeline_text_to_image.LavitTextToImagePipeline",
-    "pt": ["AutoModelForMultimodalLM"],
-    "type": "multimodal",
+INDEX = "model_index.json"
+# components that live in the folder itself, not in a folder of their own, and their files there
+AT_ROOT = {
+    "processor": ("processor_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json"),
+    "model": ("config.json", "generation_config.json", "model*.safetensors*", "draft_codes.safetensors"),
 }
+DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 def register_classes(
     model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, unet, vae
 ):
-    """Makes classes known to the Auto classes, to `save_pretrained` (it then copies their code) and to diffusers."""
+    """Makes classes known to the Auto classes and to diffusers."""
     for model_class in (model, visual_tokenizer, detokenizer):
         config_class = model_class.config_class
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         transformers.AutoModel.register(config_class, model_class, exist_ok=True)
-        config_class.register_for_auto_class()
-        model_class.register_for_auto_class("AutoModel")
     config_class = generation_model.config_class
     for auto_class in GENERATION_AUTO_CLASSES:
         getattr(transformers, auto_class).register(config_class, generation_model, exist_ok=True)
-    generation_model.register_for_auto_class(GENERATION_AUTO_CLASSES[0])
     AutoImageProcessor.register(config_class, image_processor_classes={"pil": image_processor}, exist_ok=True)
     transformers.AutoProcessor.register(config_class, processor, exist_ok=True)
-    image_processor.register_for_auto_class()
-    processor.register_for_auto_class()
     # diffusers looks the components' classes up in the two libraries
     for library, classes in (
         (transformers, (generation_model, detokenizer, processor)),
@@ -75,270 +74,179 @@ def load_without_flag(pipeline):
     registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
     """
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline
-    for loader in (diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image):
-        loader._dict_from_json_file = classmethod(_knowing(pipeline, loader._dict_from_json_file.__func__))
+    base, auto = diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image
+    load, load_config = base.from_pretrained.__func__, auto.load_config.__func__
+    named = [DIFFUSERS_CODE, pipeline.__name__]
+
+    def from_pretrained(cls, source, **kwargs):
+        if cls is base:
+            try:
+                where = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
+                index = read_index(source, **where)
+            except OSError:
+                # diffusers says what is wrong
+                index = {}
+            if isinstance(index.get("_class_name"), list):
+                component_names(index)
+            if index.get("_class_name") == named:
+                return pipeline.from_pretrained(source, **kwargs)
+        return load(cls, source, **kwargs)
+
+    def load_plain_config(cls, *args, **kwargs):
+        config = load_config(cls, *args, **kwargs)
+        return {**config, "_class_name": named[1]} if config.get("_class_name") == named else config
+
+    base.from_pretrained = classmethod(from_pretrained)
+    auto.load_config = classmethod(load_plain_config)
 
 
-def _knowing(pipeline, read: Callable) -> Callable:
-    def _dict_from_json_file(cls, *args, **kwargs):
-        config = read(cls, *args, **kwargs)
-        is_ours = config.get("_class_name") == [ENTRY, pipeline.__name__]
-        return {**config, "_class_name": pipeline.__name__} if is_ours else config
+def read_index(source: str | os.PathLike, **where) -> dict:
+    """`model_index.json` of a folder or repository.
 
-    return _dict_from_json_file
-
-
-def save_folder(pipe, folder: str | os.PathLike, variant: str | None = None, max_shard_size: int | str | None = None):
-    """Writes everything a pipeline is made of, see the top of this file."""
-    folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; a pipeline is saved as a folder")
-    if pipe.model.config.generation_only:
-        raise ValueError("the model was loaded with generation_only=True: a pipeline is saved with all its parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, component in pipe.components.items():
-        if component is None:
-            continue
-        component = getattr(component, "_orig_mod", component)
-        options = {}
-        if hasattr(component, "state_dict"):
-            options["max_shard_size"] = max_shard_size or "10GB"
-            # diffusers looks for variants in the components' folders only
-            options["variant"] = None if name in AT_ROOT else variant
-        component.save_pretrained(folder if name in AT_ROOT else folder / name, **options)
-    _write_index_code_and_card(pipe, folder, {})
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return read_json_object(Path(hf_hub_download(str(source), INDEX, **where)))
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"{source} has no {INDEX}: it is no pipeline's folder")
+    return read_json_object(folder / INDEX)
 
 
-class LavitSavingMixin:
-    """Saves and uploads a pipeline as one folder."""
+class LavitLoadingMixin:
+    """Loads a pipeline: fetches what is used alone, and looks at the files before anything is built."""
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ):
-        """Saves everything as one folder that loads with the package and, by `trust_remote_code=True`, without it.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Loads a folder or repository, see `DiffusionPipeline.from_pretrained`.
 
-        Args:
-            save_directory: created if it does not exist.
-            safe_serialization: always true: weights are saved as safetensors only.
-            variant: goes into the names of diffusers' weight files ("fp16"); the model's are looked up without.
-            max_shard_size: largest weight file ("5GB").
-            push_to_hub: also upload the folder; `kwargs` are those of [`push_to_hub`], `repo_id` is the
-                folder's name by default.
+        Components that are given, or given as `None` where they are optional, are not fetched.
+
+        Raises:
+            OSError: no such folder or repository, no `model_index.json`, damaged weights.
+            ValueError: a file names others outside the folder; configurations and weights differ in size.
         """
-        if not safe_serialization:
-            raise ValueError("weights are saved as safetensors only, safe_serialization=False is not possible")
-        if kwargs and not push_to_hub:
-            raise ValueError(f"{sorted(kwargs)} have a meaning with push_to_hub=True only")
-        save_folder(self, save_directory, variant=variant, max_shard_size=max_shard_size)
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            push_folder(save_directory, repo_id, **kwargs)
+        source, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(cls.download(str(source), **kwargs))
+        check_pipeline_folder(folder, kwargs.get("variant"), given=kwargs.keys())
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=str(source))
+        return pipe
 
-    def push_to_hub(self, repo_id: str, variant: str | None = None, **kwargs) -> str:
-        """Uploads everything as one repository, see [`save_pretrained`].
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """`model_index.json`; its folder names a copy of this class, for those who do not have it. Here it is."""
+        config = super().load_config(*args, **kwargs)
+        return {**config, "_class_name": cls.__name__} if isinstance(config, dict) else config
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, variant: str | None = None, **kwargs) -> str:
+        """Fetches the files of a repository that a pipeline needs.
 
         Args:
-            repo_id: "organisation/name"; created if it does not exist.
-            kwargs: `commit_message`, `private`, `token`, `create_pr`, `max_shard_size`.
+            pretrained_model_name: "organisation/name".
+            variant: of the weights, where a component has it.
+            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`; components that are given
+                are not fetched.
 
         Returns:
-            The URL of the commit.
+            The folder in the cache.
+
+        Raises:
+            OSError: there is no such repository or revision, or no connection and nothing in the cache.
         """
-        max_shard_size = kwargs.pop("max_shard_size", None)
-        return push_folder(
-            lambda folder: save_folder(self, folder, variant=variant, max_shard_size=max_shard_size), repo_id, **kwargs
-        )
+        where = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
+        try:
+            index = read_index(pretrained_model_name, **where)
+            if where.get("local_files_only") or is_offline_mode():
+                return snapshot_download(pretrained_model_name, allow_patterns=INDEX, **where)
+            api = HfApi(token=where.get("token"))
+            files = api.list_repo_files(pretrained_model_name, revision=where.get("revision"))
+            return snapshot_download(
+                pretrained_model_name, allow_patterns=list(needed_files(index, files, variant, kwargs)), **where
+            )
+        except EntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"{pretrained_model_name} has no {INDEX}: it is no pipeline's repository"
+            ) from error
+        except HfHubHTTPError as error:
+            raise OSError(f"{pretrained_model_name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def describe_folder(pipe, folder: str | os.PathLike, **card):
-    """Writes everything that [`save_folder`] writes but the weights: the models may be on the meta device.
+def needed_files(index: dict, files: list[str], variant: str | None, given) -> Iterator[str]:
+    """Which files of a repository make up a pipeline.
 
     Args:
-        pipe, folder: as there; the folder exists.
-        card: of [`model_card`].
+        index: its `model_index.json`.
+        files: all that it has.
+        variant: of the weights, where a component has it.
+        given: names of components that are there already.
     """
-    folder = Path(folder)
-    for name, component in pipe.components.items():
-        if component is not None:
-            describe_component(component, folder if name in AT_ROOT else folder / name)
-    _write_index_code_and_card(pipe, folder, card)
-
-
-def describe_reader(model, processor, folder: str | os.PathLike, **card):
-    """As [`describe_folder`], for a model and its processor without a pixel decoder."""
-    folder = Path(folder)
-    for component in (model, processor):
-        describe_component(component, folder)
-    model_card(model, **card).save(folder / "README.md")
-
-
-def describe_component(component, folder: Path):
-    """Everything that a component's `save_pretrained` writes but weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(component, transformers.PreTrainedModel):
-        component.config.architectures = [type(component).__name__]
-        if component._auto_class is not None:
-            custom_object_save(component, folder, config=component.config)
-        component.config.save_pretrained(folder)
-        if component.can_generate():
-            component.generation_config.save_pretrained(folder)
-    elif isinstance(component, diffusers.ModelMixin):
-        component.save_config(folder)
-    else:
-        component.save_pretrained(folder)
-
-
-def _write_index_code_and_card(pipe, folder: Path, card: dict):
-    index = {"_class_name": [ENTRY, type(pipe).__name__], "_diffusers_version": diffusers.__version__}
-    code = _code_of(type(pipe))
-    code.add(Path(sys.modules[type(pipe).__module__].__file__).with_name("pipeline_text_to_image.py"))
-    for name, component in pipe.components.items():
-        if component is None:
-            index[name] = [None, None]
+    yield INDEX
+    yield from (name for name in files if name in (f"{TRANSFORMERS_CODE}.py", f"{DIFFUSERS_CODE}.py"))
+    for name in component_names(index):
+        if name in given:
             continue
-        component = getattr(component, "_orig_mod", component)
-        index[name] = [_library_of(component), type(component).__name__]
-        code |= _code_of(type(component))
-    code |= _code_of(type(pipe.processor.image_processor))
-
-    parameters = {name: value for name, value in pipe.config.items() if name not in index and not name.startswith("_")}
-    _write_json(folder / "model_index.json", {**index, **parameters})
-    for file in code:
-        shutil.copyfile(file, folder / file.name)
-    (folder / f"{ENTRY}.py").write_text(_entry(pipe, code))
-    (folder / f"{CARD}.py").write_text(f'"""The template of README.md."""\n\nTEMPLATE = {card_template()!r}\n')
-    config = json.loads((folder / "config.json").read_text())
-    config["custom_pipelines"] = {"text-to-image": TEXT_TO_IMAGE}
-    _write_json(folder / "config.json", config)
-    model_card(pipe.model, pipe, **card).save(folder / "README.md")
-
-
-def push_folder(
-    source: str | os.PathLike | Callable[[str], None],
-    repo_id: str,
-    commit_message: str = "Upload LaVIT",
-    private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Uploads a folder, or what `source(folder)` writes into an empty one; the repository is created if there is none.
-
-    A README that the repository has already stays as it is.
-
-    Returns:
-        The URL of the commit.
-    """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as temporary:
-        if callable(source):
-            source(temporary)
-            source = temporary
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=source,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            ignore_patterns=["README.md"] if api.file_exists(repo_id, "README.md") else None,
+        patterns = AT_ROOT.get(name, (f"{name}/*",))
+        found = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
+        stems = {file: weights_of(file.rsplit("/", 1)[-1]) for file in found}
+        has_variant = variant is not None and any(which == f".{variant}" for _, which in stems.values())
+        wanted = f".{variant}" if has_variant else None
+        is_json = (".json", ".jinja", ".model", ".txt", ".safetensors")
+        yield from (
+            file for file in found if file.endswith(is_json) and stems[file][1] == wanted or not stems[file][0]
         )
-    return commit.commit_url
 
 
-def card_template() -> str:
-    """The text of `model_card.md`."""
-    here = Path(__file__).resolve().parent
-    for path in (here / "model_card.md", here.parent / "model_card.md"):
-        if path.is_file():
-            return path.read_text()
-    # this code runs from a saved folder
-    return importlib.import_module(f".{CARD}", __package__).TEMPLATE
+def component_names(index: dict) -> list[str]:
+    """Names of the components that a `model_index.json` has.
 
-
-def model_card(model, pipe=None, notice: str | None = None, lowres: bool = False, **metadata) -> ModelCard:
-    """The README of a repository, from `model_card.md`.
-
-    Args:
-        model: the language model with the visual tokenizer.
-        pipe: the pipeline, where there is a pixel decoder.
-        notice: the section on licences.
-        lowres: whether `lowres/` holds a second pixel decoder.
-        metadata: more entries of the card's head: `license`, `base_model`, ...
+    Raises:
+        ValueError: it names something outside its folder, or no class.
     """
-    config = model.config
-    tags = ["lavit", "image-text-to-text"]
-    facts = {}
-    if pipe is not None:
-        tags += ["text-to-image", "diffusers:LavitPipeline"]
-        facts = {
-            "height": pipe.default_size[0],
-            "width": pipe.default_size[1],
-            "steps": pipe.defaults.num_inference_steps,
-            "aspect_ratios": ", ".join(pipe.defaults.aspect_ratios),
-        }
-    return ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers",
-            pipeline_tag="image-text-to-text" if pipe is None else "any-to-any",
-            tags=tags,
-            **metadata,
-        ),
-        template_str=card_template(),
-        parameters=f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M",
-        codebook_size=config.visual_config.codebook_size,
-        num_patches=config.visual_config.num_patches,
-        input_size=config.visual_config.image_size,
-        notice=notice,
-        lowres=lowres,
-        **facts,
-    )
+    named = {name: value for name, value in index.items() if isinstance(value, list)}
+    for name, value in {**named, "_class_name": index.get("_class_name")}.items():
+        parts = value if isinstance(value, list) else [value]
+        plain = all(part is None or isinstance(part, str) and is_plain_name(part) for part in parts)
+        if not plain or not is_plain_name(name) or len(parts) > 2:
+            raise ValueError(f"{INDEX} says {name!r}: {value!r}, which is no class of a library or of this folder")
+    return [name for name, value in named.items() if name != "_class_name" and value[0] is not None]
 
 
-def _library_of(component) -> str:
-    """Where diffusers looks a component's class up: a library, or a pipeline of its own ("stable_diffusion")."""
-    module = type(component).__module__.split(".")
-    if module[:2] == ["diffusers", "pipelines"]:
-        return module[2]
-    return "diffusers" if isinstance(component, diffusers.ConfigMixin) else "transformers"
+def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
+    """Compares configurations and weights of the components from diffusers; ours do so when they are loaded.
 
-
-def _code_of(cls: type) -> set[Path]:
-    """The file of a class of ours and all files that it imports; nothing for classes of the libraries."""
-    if cls.__module__.split(".")[0] in ("diffusers", "transformers"):
-        return set()
-    file = sys.modules[cls.__module__].__file__
-    return {Path(path) for path in (file, *get_relative_import_files(file))}
-
-
-def _entry(pipe, code: set[Path]) -> str:
-    """The file that diffusers runs first in a process without the package."""
-    classes = {
-        "generation_model": type(pipe.model),
-        "model": type(pipe.model.model),
-        "visual_tokenizer": type(pipe.model.model.visual_tokenizer),
-        "detokenizer": type(pipe.detokenizer),
-        "image_processor": type(pipe.processor.image_processor),
-        "processor": type(pipe.processor),
-        "pipeline": type(pipe),
-        "unet": type(pipe.unet),
-        "vae": diffusers.AutoencoderKL if pipe.vae is None else type(pipe.vae),
-    }
-    lines = ['"""Where diffusers begins: it copies what this file imports, and finds what is registered here."""', ""]
-    for stem in sorted({file.stem for file in code} | {CARD}):
-        lines.append(f"from .{stem} import __doc__ as _")
-    for cls in classes.values():
-        library = cls.__module__.split(".")[0]
-        module = library if library in ("diffusers", "transformers") else "." + cls.__module__.split(".")[-1]
-        lines.append(f"from {module} import {cls.__name__}")
-    lines.append("from .hub_lavit import register_classes")
-    arguments = "".join(f"    {name}={cls.__name__},\n" for name, cls in classes.items())
-    return "\n".join(lines) + f"\n\n\nregister_classes(\n{arguments})\n"
-
-
-def _write_json(path: Path, content: dict):
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    Raises:
+        OSError: a weights file is damaged.
+        ValueError: a file names others outside the folder; configurations and weights differ in size.
+    """
+    index = read_index(folder)
+    if "model" not in given:
+        read_config(folder)
+    for name in ("processor_config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    for name in component_names(index):
+        part = folder / name
+        if name in given or name in AT_ROOT or not (part / "config.json").is_file():
+            continue
+        config = read_json_object(part / "config.json")
+        weights = [file for file in sorted(part.iterdir()) if weights_of(file.name)[0]]
+        for file in weights:
+            if file.suffix == ".json":
+                read_weight_map(file)
+        files = [file for file in weights if weights_of(file.name)[1] == (variant and f".{variant}")]
+        shapes = read_shapes([file for file in files if file.suffix == ".safetensors"], part)
+        model_class = getattr(diffusers, index[name][1], None)
+        if shapes is None or "quantization_config" in config or not hasattr(model_class, "from_config"):
+            continue
+        model = build_on_meta(lambda: model_class.from_config(config), config, len(shapes), part)  # noqa: B023
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        wrong = wrong_shapes(expected, shapes)
+        if wrong:
+            key, found, wanted = wrong[0]
+            raise ValueError(f"{part}: the weights have {key} {found}, the configuration says {wanted}")

@@ -5,6 +5,7 @@ model, V ids in all, n kept patches of one image.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,9 @@ from .compat_lavit import CACHE_NAME, cache_kwargs
 from .configuration_lavit import LavitConfig
 from .generation_lavit import LavitGenerationMixin
 from .layers_lavit import take_rows
-from .loading_lavit import StrictLoadingMixin
+from .loading_lavit import HUB_OPTIONS, StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from .saving_lavit import SavedWithCodeMixin
 from .scoring_lavit import LavitScoringMixin
 from .slots_lavit import (
     LavitPositions,
@@ -38,7 +40,6 @@ from .visual_tokens_lavit import LavitVisualTokens
 
 
 IGNORED_LABEL = -100
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -70,7 +71,7 @@ def of_vision(attn_implementation: str | None) -> str | None:
     return attn_implementation if attn_implementation in (None, "eager", "sdpa") else "sdpa"
 
 
-class LavitPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
+class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     config_class = LavitConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -344,11 +345,9 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         model.load_draft_codes(pretrained_model_name_or_path, **hub_options)
         return loaded
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As every model's; with the images that it knows, see [`set_draft_codes`]."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            self.save_draft_codes(save_directory)
+    def save_extra_files(self, folder: Path) -> None:
+        """The images that the model knows, see [`set_draft_codes`]."""
+        self.save_draft_codes(folder)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> LavitImageFeatures:
         """See [`LavitModel.get_image_features`]."""

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from .configuration_lavit import LavitDetokenizerConfig
 from .layers_lavit import LavitLayer, eager_attention_forward
 from .loading_lavit import StrictLoadingMixin
+from .saving_lavit import SavedWithCodeMixin
 
 
 # Added to the logits of padding: finite, as in the reference, whose image without codes attends to padding alone.
@@ -62,7 +63,7 @@ class LavitAttentionPool(nn.Module):
         return self.projection(pooled.flatten(2)[:, 0])
 
 
-class LavitDetokenizer(StrictLoadingMixin, PreTrainedModel):
+class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     """Query tokens read the codes by cross attention and become reconstructed features, then conditions.
 
     A code's position is its rank in the sequence: which patch it came from is not known.

@@ -15,6 +15,7 @@ from .encoder_lavit import build_encoder
 from .keeping_lavit import keep_best, keep_for_quality
 from .layers_lavit import LavitLayer, mixed_precision, take_rows
 from .loading_lavit import StrictLoadingMixin
+from .saving_lavit import SavedWithCodeMixin
 from .visual_tokens_lavit import LavitVisualFeatures, LavitVisualTokens
 
 
@@ -158,7 +159,7 @@ class LavitQuantizer(nn.Module):
         return self.nearest(self.project(features))
 
 
-class LavitVisualTokenizer(StrictLoadingMixin, PreTrainedModel):
+class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
 
     The same image gives the same codes in every batch, unless noise, a generator or another selection is asked for.

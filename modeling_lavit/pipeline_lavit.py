@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -24,30 +24,20 @@ from .checks_lavit import (
     check_latents,
     check_names,
     check_output_type,
+    check_pair,
     check_scale,
     check_scheduler,
     check_size,
+    check_tensor_inputs,
 )
 from .defaults_lavit import LavitDefaults, read_defaults, store_defaults
 from .denoising_lavit import DecodingUNet, LavitDenoiser
-from .hub_lavit import LavitSavingMixin
-from .modeling_lavit_detokenizer import LavitDetokenizer
-from .pixels_lavit import LavitPixelsMixin
-from .prompts_lavit import Part, Prompt, as_batch
-from .tokens_lavit import LavitTokensMixin, tokenize_images
+from .hub_lavit import LavitLoadingMixin
+from .pipeline_saving_lavit import LavitSavingMixin
+from .pixels_lavit import LavitPixelsMixin, load_pixel_decoder
+from .prompts_lavit import Prompt, as_batch
+from .tokens_lavit import LavitTokensMixin
 from .visual_tokens_lavit import LavitVisualTokens
-
-
-LOADING_OPTIONS = (
-    "cache_dir",
-    "dtype",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "token",
-    "torch_dtype",
-)
 
 
 @dataclass
@@ -67,6 +57,7 @@ class LavitPipelineOutput(BaseOutput):
 
 class LavitPipeline(
     LavitSavingMixin,
+    LavitLoadingMixin,
     LavitCallsMixin,
     LavitTokensMixin,
     LavitPixelsMixin,
@@ -178,11 +169,6 @@ class LavitPipeline(
         return read_defaults(self.model, self.detokenizer, self.default_size)
 
     @classmethod
-    def _dict_from_json_file(cls, *args, **kwargs) -> dict:
-        # A saved folder names its own copy of this class, for those who do not have it. Here it is at hand.
-        return {**super()._dict_from_json_file(*args, **kwargs), "_class_name": cls.__name__}
-
-    @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, pixel_decoder: str | None = None, **kwargs
     ) -> "LavitPipeline":
@@ -194,21 +180,7 @@ class LavitPipeline(
                 main ones: "lowres" in folders converted with both decoders.
         """
         if pixel_decoder is not None:
-            forwarded = {name: kwargs[name] for name in LOADING_OPTIONS if name in kwargs}
-            classes = {
-                "detokenizer": LavitDetokenizer,
-                "unet": UNet2DConditionModel,
-                "vae": AutoencoderKL,
-                "scheduler": DDIMScheduler,
-            }
-            for name, component_class in classes.items():
-                is_model = component_class is not DDIMScheduler
-                options = {k: v for k, v in forwarded.items() if is_model or k not in ("dtype", "torch_dtype")}
-                subfolder = f"{pixel_decoder}/{name}"
-                if name not in kwargs:
-                    kwargs[name] = component_class.from_pretrained(
-                        pretrained_model_name_or_path, subfolder=subfolder, **options
-                    )
+            kwargs = load_pixel_decoder(pretrained_model_name_or_path, pixel_decoder, kwargs)
             # those that an earlier version of this class wrote into model_index.json are of the main decoder
             kwargs.setdefault("aspect_ratios", None)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -257,12 +229,7 @@ class LavitPipeline(
         check_scale("guidance_rescale", guidance_rescale, "0 means none")
         check_interval(decoder_guidance_interval)
         check_output_type(output_type, self.vae)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
-                f"got {sorted(unknown)}"
-            )
+        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     @torch.no_grad()
     def __call__(
@@ -311,12 +278,10 @@ class LavitPipeline(
                 image of a batch is the image drawn alone with its generator.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: whether to return a [`LavitPipelineOutput`] or a tuple with its entries.
-            callback_on_step_end: `callback(pipe, step, timestep, tensors)` -> dict, after every denoising step; `pipe`
-                is the `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it),
-                which has this pipeline's components too.
-            num_candidates, reranker: so many drawings for each image, of which the one is kept to which
-                `reranker(images, texts)` gives the highest score, such as `evaluation.clip_score.ClipScorer`. There is
-                a generator for each drawing.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors)` after every denoising step, which returns
+                a dict of the tensors that it changes, or None; or a `PipelineCallback` of diffusers. `pipe` is the
+                `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it), which
+                has this pipeline's components too.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
 
@@ -352,6 +317,10 @@ class LavitPipeline(
             prompt = as_batch(prompt)
             num_images = len(prompt) * num_images_per_prompt
         generator = as_generators(generator, num_images)
+        check_scale("eta", eta, "0 means none")
+        check_pair("original_size", original_size)
+        check_pair("crops_coords_top_left", crops_coords_top_left)
+        check_pair("target_size", target_size)
         size = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
         height, width = height or size[0], width or size[1]
         if latents is not None:
@@ -402,37 +371,3 @@ class LavitPipeline(
         if not return_dict:
             return images, visual_tokens, flags
         return LavitPipelineOutput(images=images, visual_tokens=visual_tokens, nsfw_content_detected=flags)
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        image: Part | list[Part],
-        selection: str | None = None,
-        keep_ratio: float | None = None,
-        keep: float | int | str | None = None,
-        target_quality: float | None = None,
-        reference_compat: bool = False,
-        **decode_kwargs,
-    ) -> LavitPipelineOutput | tuple:
-        """Images to visual tokens and back: what the tokens keep.
-
-        Args:
-            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
-                see [`LavitVisualTokenizer.select`].
-            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
-            decode_kwargs: of a call with `visual_tokens`.
-        """
-        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
-        pixel_values = prepared.pixel_values.to(self._execution_device)
-        with self._calls.begin(one_at_a_time=self._takes_turns):
-            visual_tokens = tokenize_images(
-                self.model,
-                pixel_values,
-                selection=selection,
-                keep_ratio=keep_ratio,
-                keep=keep,
-                target_quality=target_quality,
-                detokenizer=self.detokenizer,
-            )
-            return self(visual_tokens=visual_tokens, **decode_kwargs)

@@ -1,10 +1,27 @@
 """The second stage of [`LavitPipeline`], step by step: visual tokens to conditions, noise, and latents to images."""
 
+import os
+from typing import Any
+
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
+from .modeling_lavit_detokenizer import LavitDetokenizer
 from .visual_tokens_lavit import LavitVisualTokens
+
+
+LOADING_OPTIONS = (
+    "cache_dir",
+    "dtype",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "token",
+    "torch_dtype",
+)
 
 
 class LavitPixelsMixin:
@@ -112,3 +129,25 @@ def _in_full_precision(vae, device: torch.device):
         if name.startswith(("use_", "tile_")):
             setattr(copy, name, value)
     return copy
+
+
+def load_pixel_decoder(source: str | os.PathLike, folder: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Detokenizer, UNet, VAE and scheduler from a subfolder of a checkpoint, those apart that are `given`.
+
+    Returns:
+        `given`, the arguments of a `from_pretrained`, and the components.
+    """
+    options = {name: given[name] for name in LOADING_OPTIONS if name in given}
+    without_dtype = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
+    classes = {
+        "detokenizer": (LavitDetokenizer, options),
+        "unet": (UNet2DConditionModel, options),
+        "vae": (AutoencoderKL, options),
+        "scheduler": (DDIMScheduler, without_dtype),
+    }
+    loaded = {
+        name: component_class.from_pretrained(source, subfolder=f"{folder}/{name}", **its_options)
+        for name, (component_class, its_options) in classes.items()
+        if name not in given
+    }
+    return given | loaded

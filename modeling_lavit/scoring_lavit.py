@@ -29,9 +29,10 @@ class LavitScoringMixin:
         continuations: Sequence[Ids] | Sequence[Sequence[Ids]] | None = None,
         continuation_images: torch.Tensor | None = None,
         batch_size: int = 64,
+        return_greedy: bool = False,
         **selection,
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """Log-likelihoods of given texts, or of given images, behind every prompt.
+    ) -> torch.Tensor | list[torch.Tensor] | tuple:
+        """Log-likelihoods of given texts, or images, behind every prompt, which is read once for all of them.
 
         ```python
         prompts = processor(images=images, text=["<image>"] * len(images))
@@ -40,8 +41,6 @@ class LavitScoringMixin:
         prompts = processor(text=["a cat", "a dog"], generation_mode="image")
         model.score(**prompts, continuation_images=pixel_values)             # (2, images)
         ```
-
-        An image and its prompt are read once, however many continuations there are.
 
         Args:
             input_ids, attention_mask: (B, L) prompts.
@@ -53,11 +52,12 @@ class LavitScoringMixin:
             continuation_images: (T, 3, H, W), instead: their codes and `[/IMG]`, behind the `[IMG]` that ends the
                 prompts (it is added where it is missing).
             batch_size: rows of the language model at once.
+            return_greedy: also return, in the same form, whether every id is the most probable one at its place.
             selection: which patches of the images are kept, see `LavitVisualTokenizer.select`.
 
         Returns:
             (B, T) float32, sums over the continuation's ids of the log-probability among all V ids; or a list of B
-            tensors (T_i,) where every prompt has its own texts.
+            tensors (T_i,) where every prompt has its own texts. With `return_greedy` a tuple of that and the bools.
 
         Raises:
             ValueError: both or neither kind of continuation, an empty one, ids that the vocabulary has not, or lists
@@ -65,23 +65,28 @@ class LavitScoringMixin:
         """
         if (continuations is None) == (continuation_images is None):
             raise ValueError("give either continuations, ids of texts, or continuation_images")
-        prompt = LavitPrompt(
-            *(self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values)), selection
-        )
-        drawing = continuation_images is not None
+        tensors = (self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values))
+        prompt, drawing = LavitPrompt(*tensors, selection), continuation_images is not None
         if drawing:
-            tokens = self.get_image_tokens(self._on_device(continuation_images), **selection)
-            end = tokens.codes.new_tensor([self.config.vocabulary.eoi_token_id])
-            continuations = [torch.cat([self.config.vocabulary.ids_of(codes), end]) for codes in tokens.split()]
+            continuations = self._image_ids(continuation_images, selection)
             prompt = begin_images(prompt, self.config.vocabulary, 0)
         own = [self._as_ids(texts) for texts in self._per_prompt(continuations, len(input_ids))]
-        scores = [torch.empty(len(texts)) for texts in own]
+        scores, greedy = [], []
         for start in range(0, len(own), batch_size):
             rows = range(start, min(start + batch_size, len(own)))
             part = _rows_of(prompt, rows, self.config.vocabulary)
-            self._score_part(part, [own[i] for i in rows], [scores[i] for i in rows], batch_size, drawing)
-        shared = drawing or not _is_nested(continuations)
-        return torch.stack(scores) if shared else scores
+            for row_scores, row_greedy in self._score_part(part, [own[i] for i in rows], batch_size, drawing):
+                scores.append(row_scores)
+                greedy.append(row_greedy)
+        if drawing or not _is_nested(continuations):
+            scores, greedy = torch.stack(scores), torch.stack(greedy)
+        return (scores, greedy) if return_greedy else scores
+
+    def _image_ids(self, pixel_values: torch.Tensor, selection: dict) -> list[torch.LongTensor]:
+        """The images' code ids, `[/IMG]` behind each."""
+        tokens = self.get_image_tokens(self._on_device(pixel_values), **selection)
+        end = tokens.codes.new_tensor([self.config.vocabulary.eoi_token_id])
+        return [torch.cat([self.config.vocabulary.ids_of(codes), end]) for codes in tokens.split()]
 
     def _per_prompt(self, continuations: Sequence, prompts: int) -> list[Sequence[Ids]]:
         if not _is_nested(continuations):
@@ -103,45 +108,44 @@ class LavitScoringMixin:
         return rows
 
     def _score_part(
-        self,
-        prompt: LavitPrompt,
-        texts: list[list[torch.LongTensor]],
-        scores: list[torch.Tensor],
-        batch_size: int,
-        discrete: bool,
-    ) -> None:
-        """Fills `scores` of some prompts: their language model runs once, then every continuation behind its cache."""
+        self, prompt: LavitPrompt, texts: list[list[torch.LongTensor]], batch_size: int, discrete: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Log-likelihoods (T_i,) and greediness (T_i,) of each prompt's texts: the language model reads the prompts
+        once, then every continuation behind its cache."""
         filled = fill_prompt(self, prompt, 0, discrete=discrete)
         embeds = filled.inputs_embeds
         if embeds is None:
             embeds = self.get_input_embeddings()(filled.input_ids)
         mask = filled.attention_mask
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
         outputs = self.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            use_cache=True,
         )
-        first = self._compute_logits(outputs.last_hidden_state[:, -1], None).float().log_softmax(-1)
+        first = self._compute_logits(outputs.last_hidden_state[:, -1:], None).float().log_softmax(-1)
         cache, lengths = outputs[CACHE_NAME], mask.sum(1)
         pairs = [(i, j) for i, own in enumerate(texts) for j in range(len(own))]
+        likelihoods, greedy = [], []
         for start in range(0, len(pairs), batch_size):
             chunk = pairs[start : start + batch_size]
             index = torch.tensor([i for i, _ in chunk], device=mask.device)
             ids, is_id = pad([texts[i][j] for i, j in chunk], 0, "right")
-            likelihood = first[index].gather(1, ids[:, :1])[:, 0]
+            log_probs = first[index]
             if ids.shape[1] > 1:
-                behind = torch.arange(ids.shape[1] - 1, device=mask.device)
                 outputs = self.model.language_model(
                     inputs_embeds=self.get_input_embeddings()(ids[:, :-1]),
                     attention_mask=torch.cat([mask[index], is_id[:, :-1]], dim=1),
-                    position_ids=lengths[index, None] + behind,
+                    position_ids=lengths[index, None] + torch.arange(ids.shape[1] - 1, device=mask.device),
                     use_cache=True,
                     **{CACHE_NAME: _selected(cache, index)},
                 )
-                logits = self._compute_logits(outputs.last_hidden_state, None).float().log_softmax(-1)
-                further = logits.gather(2, ids[:, 1:, None])[..., 0]
-                likelihood = likelihood + (further * is_id[:, 1:]).sum(1)
-            for (i, j), value in zip(chunk, likelihood.cpu(), strict=True):
-                scores[i][j] = value
+                further = self._compute_logits(outputs.last_hidden_state, None).float().log_softmax(-1)
+                log_probs = torch.cat([log_probs, further], dim=1)
+            likelihoods.append((log_probs.gather(2, ids[..., None])[..., 0] * is_id).sum(1).cpu())
+            greedy.append(((log_probs.argmax(-1) == ids) | (is_id == 0)).all(1).cpu())
+        counts = [len(own) for own in texts]
+        return list(zip(torch.cat(likelihoods).split(counts), torch.cat(greedy).split(counts), strict=True))
 
 
 def _is_nested(continuations: Sequence) -> bool:

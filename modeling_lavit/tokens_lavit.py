@@ -1,4 +1,4 @@
-"""The first stage of [`LavitPipeline`]: prompts to visual tokens, by the language model."""
+"""The first stage of [`LavitPipeline`]: prompts to visual tokens, by the language model, or images themselves."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ class LavitTokensMixin:
         prompt: Prompt,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | torch.Tensor | None = None,
         negative_prompt: str | Iterable[str] | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -40,8 +40,8 @@ class LavitTokensMixin:
                 file, the bytes of one or `{"bytes": …, "path": …}`; strings are text.
             num_images_per_prompt: distinct draws for each prompt.
             generator: one, or one for each image (prompts * num_images_per_prompt, a prompt's images together).
-            guidance_scale: of the language model, from 0 on; 0 and 1 mean none. By default that of the checkpoint,
-                for text prompts or for prompts with images.
+            guidance_scale: of the language model, from 0 on, one for all or one for each prompt; 0 and 1 mean none.
+                By default that of the checkpoint, for text prompts or for prompts with images.
             negative_prompt: text that the images are guided away from, one for all prompts or one for each; what
                 stands in the unconditional stream, which is empty without it (and with `""`).
             temperature, top_k, top_p: of the sampling; by default as the model's generation config says.
@@ -106,10 +106,47 @@ class LavitTokensMixin:
             raise ValueError(f"images {empty} were left without visual tokens: allow more, or ask for more at least")
         return LavitVisualTokens(codes=vocabulary.codes_of(ids[is_code]), lengths=lengths)
 
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: Part | list[Part],
+        selection: str | None = None,
+        keep_ratio: float | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
+        reference_compat: bool = False,
+        **decode_kwargs,
+    ):
+        """Images to visual tokens and back: what the tokens keep.
+
+        Args:
+            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
+            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
+                see [`LavitVisualTokenizer.select`].
+            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
+            decode_kwargs: of a call with `visual_tokens`, whose result is returned.
+        """
+        if isinstance(image, list | tuple) and not image:
+            raise ValueError("image is an empty list: give one image or more")
+        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
+        pixel_values = prepared.pixel_values.to(self._execution_device)
+        with self._calls.begin(one_at_a_time=self._takes_turns):
+            visual_tokens = _tokenize_images(
+                self.model,
+                pixel_values,
+                selection=selection,
+                keep_ratio=keep_ratio,
+                keep=keep,
+                target_quality=target_quality,
+                detokenizer=self.detokenizer,
+            )
+            return self(visual_tokens=visual_tokens, **decode_kwargs)
+
     def _guidance_scales(self, prompts: list[list[Part]], given: Any) -> list[float]:
         """The language model's, one for each prompt."""
         if given is not None:
-            scales = list(given) if isinstance(given, Iterable) else [given] * len(prompts)
+            given = given.tolist() if isinstance(given, torch.Tensor) else given
+            scales = list(given) if isinstance(given, list | tuple) else [given] * len(prompts)
         else:
             defaults = self.defaults
             scales = [
@@ -159,6 +196,6 @@ def _generate(model, **kwargs) -> torch.LongTensor:
 
 
 @apply_forward_hook
-def tokenize_images(model, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
+def _tokenize_images(model, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
     """(images, 3, height, width) normalised pixels to visual tokens; see `LavitVisualTokenizer.select`."""
     return model.get_image_tokens(pixel_values, **selection)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-import httpx
 import numpy as np
+from huggingface_hub.utils import httpx
 from PIL import Image, ImageCms
 
 

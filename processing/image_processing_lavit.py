@@ -16,6 +16,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from modeling_lavit.saving_lavit import SavedWithCodeMixin
+
 from .image_loading_lavit import MAX_IMAGE_PIXELS, check_pixel_count, load_image
 
 
@@ -34,7 +36,7 @@ class LavitImageProcessorKwargs(ImagesKwargs, total=False):
     reference_compat: bool | None
 
 
-class LavitImageProcessor(PilBackend):
+class LavitImageProcessor(SavedWithCodeMixin, PilBackend):
     """Resizes images to the model's square (Pillow's bicubic filter, aspect ratio not kept) and normalises them.
 
     Takes what [`load_image`] takes, and arrays or tensors, (height, width), (height, width, channels) or (channels,

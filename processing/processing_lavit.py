@@ -8,6 +8,8 @@ import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
+from modeling_lavit.saving_lavit import SavedWithCodeMixin
+
 from .chat_template_lavit import DEFAULT_CHAT_TEMPLATE, TYPED, LavitChatMixin
 from .image_processing_lavit import LavitImageProcessorKwargs, flatten_images, is_several
 from .post_processing_lavit import GENERATION_MODES, LavitPostProcessingMixin
@@ -33,7 +35,7 @@ class LavitProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: LavitImageProcessorKwargs
 
 
-class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, ProcessorMixin):
+class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixin, ProcessorMixin):
     """One processor for reading and drawing.
 
     ```python

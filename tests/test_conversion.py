@@ -213,11 +213,11 @@ def test_prompts_become_the_recorded_image_tokens(model, processor, tensors, cas
 def test_visual_tokens_become_the_recorded_pictures(pipes, tensors, case, monkeypatch):
     name, pipe = case["id"], pipes[case["variant"]]
     noise, latents = [], []
-    step = pipe.scheduler.step
+    step = type(pipe.scheduler).step
 
-    def recording_step(model_output, *args, **kwargs):
+    def recording_step(scheduler, model_output, *args, **kwargs):
         noise.append(model_output)
-        return step(model_output, *args, **kwargs)
+        return step(scheduler, model_output, *args, **kwargs)
 
     def record_latents(pipe, index, timestep, kwargs):
         latents.append(kwargs["latents"])
@@ -225,7 +225,8 @@ def test_visual_tokens_become_the_recorded_pictures(pipes, tensors, case, monkey
         return kwargs
 
     timesteps = []
-    monkeypatch.setattr(pipe.scheduler, "step", recording_step)
+    # of the class: each call has a scheduler of its own
+    monkeypatch.setattr(type(pipe.scheduler), "step", recording_step)
     monkeypatch.setattr(pipe, "safety_checker", None)
     settings = {
         "height": case["height"],

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -121,9 +122,32 @@ class RunsCode:
         return os.mkdir, ("pickle-has-run",)
 
 
+def edit(path: Path, **values):
+    """Replaces entries of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def name_file(index: Path, name):
+    """Has an index name another file for its first weight."""
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map=weight_map | {next(iter(weight_map)): name})
+
+
+def compress(path: Path):
+    """Zips a .bin file anew, as a user's archive tool would."""
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 TOKENIZER, READING = "visual_tokenizer/tokenizer_encoder.bin", "language_model/visual_weight.bin"
 SHARD = "language_model/pytorch_model-00002-of-00004.bin"
 NORM = "model__layers__0__input_layernorm__weight"
+INDEX, LLAMA = "language_model/pytorch_model.bin.index.json", "language_model/config.json"
+UNET = "highres_pixel_decoding/unet/config.json"
+BIAS = "token_predictor__in_conv__0__bias"
 FAULTS = {
     "truncated shard": (lambda c: truncate(c / SHARD), "pytorch_model-00002-of-00004.bin is truncated"),
     "truncated visual tokenizer": (lambda c: truncate(c / TOKENIZER), "tokenizer_encoder.bin is truncated"),
@@ -162,6 +186,32 @@ FAULTS = {
         "token_predictor.in_conv.0.bias than the visual tokenizer",
     ),
     "no tensors": (lambda c: change(c / TOKENIZER, epoch=3), "'epoch'"),
+    "a list": (lambda c: torch.save([1], c / TOKENIZER), "holds a list: not a state dict"),
+    "a weight without a name": (lambda c: torch.save({3: torch.ones(2)}, c / TOKENIZER), "3, which are no tensors"),
+    "a sparse weight": (
+        lambda c: change(c / TOKENIZER, more=torch.eye(2).to_sparse()),
+        "'more', which are no tensors",
+    ),
+    "a weight that is not a number": (
+        lambda c: change(c / TOKENIZER, **{BIAS: torch.full((48,), float("nan"))}),
+        "token_predictor.in_conv.0.bias holds NaN",
+    ),
+    "an infinite weight": (
+        lambda c: change(c / SHARD, **{NORM: torch.full((64,), float("inf"))}),
+        "model.layers.0.input_layernorm.weight holds NaN or infinite",
+    ),
+    "JSON of a list": (lambda c: (c / LLAMA).write_text("[1]"), "must hold a JSON object, not list"),
+    "JSON of nothing": (lambda c: (c / UNET).write_text("null"), "must hold a JSON object, not NoneType"),
+    "deep JSON": (lambda c: (c / LLAMA).write_text('{"a":' * 100_000), "nested too deeply"),
+    "ill-typed JSON": (lambda c: edit(c / LLAMA, hidden_size="wide"), "Field 'hidden_size' expected int"),
+    "no map of weights": (lambda c: edit(c / INDEX, weight_map=[1]), "is no index of weights"),
+    "a weight without a file": (lambda c: name_file(c / INDEX, 3), "is no index of weights"),
+    "a file outside": (lambda c: name_file(c / INDEX, f"../{TOKENIZER}"), "must lie beside the index"),
+    "a file far outside": (lambda c: name_file(c / INDEX, "/etc/passwd"), "must lie beside the index"),
+    "a licence from elsewhere": (lambda c: (c / "LICENSE").symlink_to("/etc/passwd"), "LICENSE is a link"),
+    "a hundred thousand layers": (lambda c: edit(c / LLAMA, num_hidden_layers=100_000), "num_hidden_layers=100000"),
+    "a hundred thousand blocks": (lambda c: edit(c / UNET, layers_per_block=100_000), "layers_per_block=100000"),
+    "a width of a billion": (lambda c: edit(c / LLAMA, hidden_size=10**9), "(642, 64), not (642, 1000000000)"),
     "pickle that runs code": (lambda c: torch.save(RunsCode(), c / TOKENIZER), "asks to run code"),
     "old pickle that runs code": (
         lambda c: (c / TOKENIZER).write_bytes(pickle.dumps(RunsCode())),
@@ -218,7 +268,8 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_cleans_up(tmp_path, monk
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     left = list(tmp_path.iterdir())
-    assert [path.name for path in left] == [f".out.partial-{child}"] and (left[0] / "model.safetensors").is_file()
+    assert len(left) == 1 and left[0].name.startswith(".out.saving-") and f"-{child}-" in left[0].name
+    assert (left[0] / "model.safetensors").is_file()
     assert main([str(CHECKPOINT), str(output)]) == 0
     assert list(tmp_path.iterdir()) == [output]
 
@@ -244,6 +295,33 @@ def test_wrong_arguments_are_one_line(tmp_path, capfd):
     assert "there is no directory" in capfd.readouterr().err
     assert main([str(CHECKPOINT), str(tmp_path / "out"), "--heads", "5"]) == 2
     assert "5 attention heads do not divide the width 48" in capfd.readouterr().err
+
+
+def test_a_compressed_archive_is_read_right(checkpoint, tmp_path):
+    for file in (SHARD, TOKENIZER):
+        compress(checkpoint / file)
+    none = ["--pixel-decoder", "none"]
+    for source, output in ((CHECKPOINT, "plain"), (checkpoint, "compressed")):
+        assert main([str(source), str(tmp_path / output), *none]) == 0
+    plain, compressed = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compressed"))
+    assert plain.keys() == compressed.keys()
+    assert all(torch.equal(plain[name], compressed[name]) for name in plain)
+
+
+def test_values_beyond_the_written_type_are_an_error_that_says_so(checkpoint, tmp_path, capfd):
+    change(checkpoint / SHARD, **{NORM: torch.full((64,), 1e6)})
+    assert main([str(checkpoint), str(tmp_path / "out"), "--dtype", "float16"]) == 2
+    assert "input_layernorm.weight has values that torch.float16 cannot hold" in capfd.readouterr().err
+
+
+def test_a_licence_that_the_cache_links_to_is_copied(tmp_path):
+    snapshot = tmp_path / "snapshots" / "0123"
+    shutil.copytree(CHECKPOINT, snapshot)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_text("LaVIT Community License")
+    (snapshot / "LICENSE").symlink_to("../../blobs/abc")
+    assert main([str(snapshot), str(tmp_path / "out"), "--pixel-decoder", "none"]) == 0
+    assert (tmp_path / "out" / "LICENSE").read_text() == "LaVIT Community License"
 
 
 def test_unknown_keys_are_left_out_on_request_and_named(checkpoint, tmp_path, capfd):

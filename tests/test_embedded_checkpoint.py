@@ -16,6 +16,7 @@ from modeling_lavit.evaluation.judge import Judge
 from modeling_lavit.evaluation.report import main as evaluate
 from modeling_lavit.evaluation.report import to_tensor
 from modeling_lavit.evaluation.table import table
+from modeling_lavit.publishing.verify import verify
 
 
 ROOT = Path(__file__).parents[1]
@@ -58,12 +59,15 @@ def test_weights_are_half_precision_safetensors_under_40_megabytes():
         assert all(any(part in key for part in small) for key in single), single
 
 
-def test_its_code_is_the_packages_code():
-    for path in CHECKPOINT.rglob("*.py"):
-        source = [ROOT / folder / path.name for folder in ("modeling_lavit", "processing")]
-        source = [candidate for candidate in source if candidate.is_file()]
-        if source:
-            assert path.read_text() == source[0].read_text(), path
+def test_its_code_is_generated_from_the_package_and_formatted(tmp_path):
+    """`make generate` writes it anew."""
+    verdict = verify(CHECKPOINT)
+    assert verdict.is_ours and len(verdict.same) == 2, verdict
+    code = [str(path) for path in CHECKPOINT.glob("*.py")]
+    for check in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *check, "--no-force-exclude", "--config", ROOT / "pyproject.toml"]
+        done = subprocess.run([*command, *code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 def test_everything_it_was_made_of_is_named():
@@ -150,6 +154,6 @@ def test_the_evaluation_reports_every_figure(tmp_path):
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
 
 
-def test_the_readmes_tables_are_the_recorded_figures():
+def test_the_documented_tables_are_the_recorded_figures():
     figures = json.loads((CHECKPOINT / "figures.json").read_text())
-    assert table(figures) in (ROOT / "README.md").read_text()
+    assert table(figures) in (ROOT / "docs" / "emoji_checkpoint.md").read_text()

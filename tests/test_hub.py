@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from hub_server import HubServer
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet
 from transformers import (
@@ -81,7 +79,6 @@ from modeling_lavit import LavitPipeline
 
 pipe = LavitPipeline.from_pretrained(sys.argv[2])
 pipe.push_to_hub("group/pipeline", commit_message="First")
-pipe.push_to_hub("group/edited")
 pipe.model.push_to_hub("group/model")
 pipe.processor.push_to_hub("group/model")
 """
@@ -168,23 +165,11 @@ def test_the_folder_has_the_files_of_both_libraries_and_no_pickle(folder):
         "vae/diffusion_pytorch_model.safetensors",
         "scheduler/scheduler_config.json",
         "README.md",
-        "modeling_lavit.py",
-        "processing_lavit.py",
+        "lavit_transformers.py",
+        "lavit_diffusers.py",
     }
+    assert sum(name.endswith(".py") for name in files) == 2
     assert {Path(name).suffix for name in files} == {".json", ".safetensors", ".py", ".md", ".jinja"}
-
-
-def test_the_model_card_is_written_from_the_template(folder):
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.pipeline_tag == "any-to-any"
-    assert "lavit" in card.data.tags
-    assert "| visual codes | 24 |" in card.text
-    template = (Path(modeling_lavit.__file__).parent.parent / "model_card.md").read_text()
-    # sections about a second decoder and a licence are for converted checkpoints
-    for part in re.split(r"{%.*?%}", template.split("## Use")[1]):
-        is_for_others = "lowres" in part or "notice" in part
-        assert (part.strip() in card.text) is not is_for_others, part
-    assert "{%" not in card.text and "## Licence" not in card.text
 
 
 def test_with_the_package_everything_loads_without_a_flag(folder, drawn):
@@ -293,8 +278,10 @@ def test_without_the_package_the_folder_loads_is_saved_and_serves_an_offline_cac
     fill_cache(tmp_path / "home2" / "hub" / "models--group--tiny", tmp_path / "saved-by-task")
     last = tmp_path / "saved-by-pipeline"
     check_fresh(drawn, "group/tiny", tmp_path / "home2", save_to=last)
-    for name in ("model_index.json", "README.md", "hub_entry_lavit.py", "processor_config.json"):
+    for name in ("model_index.json", "lavit_diffusers.py", "lavit_transformers.py", "processor_config.json"):
         assert (last / name).read_text() == (folder / name).read_text(), name
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (folder, last))
+    assert before["auto_map"] == after["auto_map"] and before["custom_pipelines"] == after["custom_pipelines"]
     assert draw(LavitPipeline.from_pretrained(last)) == drawn
 
 
@@ -317,17 +304,14 @@ def fill_cache(repository: Path, folder: Path):
 def test_what_is_pushed_arrives_and_loads_from_the_hub(folder, drawn, tmp_path):
     checkout = str(Path(modeling_lavit.__file__).parent.parent)
     with HubServer() as hub:
-        hub.repositories["group/edited"] = {"README.md": b"written by hand"}
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_nobody"}
         run(WITH_PACKAGE, checkout, str(folder), home=tmp_path / "sender", **online)
         pushed = hub.repositories["group/pipeline"]
         assert set(pushed) == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
         assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-        assert pushed["README.md"] == (folder / "README.md").read_bytes()
         assert [commit["summary"] for commit in hub.commits][0] == "First"
-        assert hub.repositories["group/edited"] == {**pushed, "README.md": b"written by hand"}
-        assert {"model.safetensors", "tokenizer.json", "modeling_lavit.py"} <= set(hub.repositories["group/model"])
-        assert not any("unet" in name for name in hub.repositories["group/model"])
+        assert {"model.safetensors", "tokenizer.json", "lavit_transformers.py"} <= set(hub.repositories["group/model"])
+        assert not any("diffusers" in name or "unet" in name for name in hub.repositories["group/model"])
 
         receiver = tmp_path / "receiver"
         check_fresh(drawn, "group/pipeline", receiver, save_to="hub:group/again", only_model="group/model", **online)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NUM_PATCHES, tiny_images
+from tiny import NUM_PATCHES, tiny_detokenizer, tiny_images
 
 from modeling_lavit import LavitPipeline
 from modeling_lavit.checkpoints import LAVIT_EMOJI
@@ -69,40 +69,42 @@ def test_a_dial_that_makes_no_sense_is_refused(tokenizer, dial, message):
 
 
 @torch.no_grad()
-def test_a_quality_is_reached_by_the_fewest_best_patches(pipe):
-    tokenizer, image = pipe.model.model.visual_tokenizer, load_image(IMAGE)
-    pixel_values = pipe.processor.image_processor([image, image.rotate(90)], return_tensors="pt").pixel_values
+def test_a_quality_is_reached_by_the_fewest_best_patches(tokenizer):
+    detokenizer, pixel_values = tiny_detokenizer(), tiny_images(3)
     features = tokenizer.encode_patches(pixel_values)
     _, log_probs = tokenizer.select(features)
-    tokens = tokenizer.tokenize(pixel_values, target_quality=0.5, detokenizer=pipe.detokenizer)
-    for i, length in enumerate(tokens.lengths.tolist()):
-        one = slice(i, i + 1)
-        cosines = [
-            float(decoded_cosine(tokenizer, features[one], first_patches(log_probs[one], k), pipe.detokenizer))
-            for k in range(1, length + 1)
+    cosines = torch.stack(
+        [
+            decoded_cosine(tokenizer, features, first_patches(log_probs, count), detokenizer)
+            for count in range(1, NUM_PATCHES + 1)
         ]
-        assert cosines[-1] >= 0.5 > max(cosines[:-1])
-        assert torch.equal(tokens.keep_mask[one], first_patches(log_probs[one], length))
-    with pytest.raises(ValueError, match=r"image 0 reach a cosine of 0\.\d+ at most, target_quality is 0.99"):
-        tokenizer.tokenize(pixel_values[:1], target_quality=0.99, detokenizer=pipe.detokenizer)
+    )
+    target = float(cosines.amax(0).min())  # what every image reaches
+    tokens = tokenizer.tokenize(pixel_values, target_quality=target, detokenizer=detokenizer)
+    fewest = (cosines >= target).int().argmax(0) + 1
+    assert tokens.lengths.tolist() == fewest.tolist()
+    for i, count in enumerate(fewest.tolist()):
+        assert torch.equal(tokens.keep_mask[i : i + 1], first_patches(log_probs[i : i + 1], count))
+    with pytest.raises(ValueError, match=r"image 0 reach a cosine of -?0\.\d+ at most, target_quality is 0.99"):
+        tokenizer.tokenize(pixel_values, target_quality=0.99, detokenizer=detokenizer)
+    with pytest.raises(ValueError, match="is a cosine from -1 to 1, got 2"):
+        tokenizer.tokenize(pixel_values, target_quality=2, detokenizer=detokenizer)
 
 
 def test_a_pipeline_reconstructs_by_the_dial(pipe):
     image, options = load_image(IMAGE), {"output_type": "latent", "num_inference_steps": 1}
     assert pipe.reconstruct(image, keep=7, **options).visual_tokens.lengths.tolist() == [7]
-    fewer = pipe.reconstruct(image, target_quality=0.3, **options).visual_tokens.lengths
-    assert int(fewer) < int(pipe.reconstruct(image, target_quality=0.5, **options).visual_tokens.lengths)
+    few = pipe.reconstruct(image, target_quality=0.1, **options).visual_tokens.lengths
+    assert int(few) < int(pipe.reconstruct(image, target_quality=0.4, **options).visual_tokens.lengths)
 
 
 def test_the_command_line_has_the_dial(capsys):
     assert main(["tokenize", str(IMAGE), "--keep", "9"]) == 0
     assert capsys.readouterr().out.startswith("9 of 144 patches kept")
-    assert main(["tokenize", str(IMAGE), "--keep", "0.25"]) == 0
-    assert capsys.readouterr().out.startswith("36 of 144 patches kept")
-    assert main(["tokenize", str(IMAGE), "--target-quality", "0.3"]) == 0
+    assert main(["tokenize", str(IMAGE), "--target-quality", "0.1"]) == 0
     assert "of 144 patches kept" in capsys.readouterr().out
-    assert main(["tokenize", str(IMAGE), "--target-quality", "0.99"]) == 2
-    assert "at most, target_quality is 0.99" in capsys.readouterr().err
+    assert main(["tokenize", str(IMAGE), "--target-quality", "2"]) == 2
+    assert "is a cosine from -1 to 1, got 2" in capsys.readouterr().err
     for wrong in (["--keep", "many"], ["--keep", "3", "--keep-ratio", "0.5"]):
         with pytest.raises(SystemExit) as end:
             main(["tokenize", str(IMAGE), *wrong])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.callbacks import SDXLCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from packaging.version import Version
 from peft import LoraConfig
@@ -201,6 +202,28 @@ def test_step_callbacks_see_and_change_the_latents_and_can_stop(pipe):
     assert seen[0][1] > seen[1][1]
     assert seen[0][2] == ["latents", "prompt_embeds"]
     assert not result.any()
+
+
+def test_step_callbacks_may_be_those_of_diffusers_or_return_nothing(pipe):
+    seen = []
+
+    def watch(loop, step, timestep, tensors):
+        seen.append((step, loop.guidance_scale))
+
+    plain = latents_of(pipe, visual_tokens=codes(4), generator=seeded(0), callback_on_step_end=watch)
+    assert seen == [(0, 7.0), (1, 7.0), (2, 7.0)]
+    cut = latents_of(
+        pipe,
+        visual_tokens=codes(4),
+        generator=seeded(0),
+        decoder_guidance_interval=(0.5, 1),
+        callback_on_step_end=SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1),
+    )
+    guided_in_the_middle = latents_of(
+        pipe, visual_tokens=codes(4), generator=seeded(0), decoder_guidance_interval=(0.5, 0.67)
+    )
+    torch.testing.assert_close(cut, guided_in_the_middle, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(cut, plain)
 
 
 def test_the_token_callback_gets_every_id_of_every_image(highres):

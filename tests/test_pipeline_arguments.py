@@ -1,5 +1,7 @@
 """What LavitPipeline takes and refuses: prompts in every form, generators, settings out of range."""
 
+import io
+
 import numpy as np
 import pandas
 import pytest
@@ -54,6 +56,11 @@ def written(pipe, prompt, **kwargs) -> list[list[int]]:
         ({"prompt": "a", "decoder_guidance_scale": -1}, "decoder_guidance_scale must be a number from 0 on"),
         ({"prompt": "a", "decoder_guidance_scale": NAN}, "decoder_guidance_scale must be a number from 0 on"),
         ({"prompt": "a", "guidance_rescale": NAN}, "guidance_rescale must be a number from 0 on"),
+        ({"prompt": "a", "eta": NAN}, "eta must be a number from 0 on"),
+        ({"prompt": "a", "original_size": (16,)}, r"original_size must be two numbers of pixels, got \(16,\)"),
+        ({"prompt": "a", "decoder_guidance_interval": (0.2,)}, r"0 <= start < stop <= 1, got \(0.2,\)"),
+        ({"prompt": "a", "decoder_guidance_interval": None}, "0 <= start < stop <= 1, got None"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": None}, "must be among .*, got None"),
         ({"prompt": "a", "output_type": "jpeg"}, r"output_type must be one of \('pil', 'np', 'pt', 'latent'\)"),
         ({"prompt": "a", "output_type": None}, "output_type must be one of"),
         ({"prompt": "a", "height": "16"}, "height must be a positive multiple of 8, got '16'"),
@@ -109,6 +116,19 @@ def test_guidance_of_0_and_of_1_is_none(pipe):
         for scale in (0, 1, 3)
     ]
     assert torch.equal(decoded[0], decoded[1]) and not torch.equal(decoded[0], decoded[2])
+
+
+def test_each_prompt_may_have_its_own_guidance(pipe):
+    prompts = ["a cat", "two blue dogs"]
+    each = [written(pipe, prompt, generator=seeded(i), guidance_scale=2 + i) for i, prompt in enumerate(prompts)]
+    for scales in ([2, 3], (2.0, 3.0), torch.tensor([2.0, 3.0])):
+        both = written(pipe, prompts, generator=[seeded(0), seeded(1)], guidance_scale=scales)
+        assert both == each[0] + each[1]
+
+
+def test_nothing_to_reconstruct_is_an_error(pipe):
+    with pytest.raises(ValueError, match="image is an empty list"):
+        pipe.reconstruct([])
 
 
 def test_an_image_left_without_codes_is_an_error(pipe):
@@ -174,6 +194,17 @@ def test_strings_in_a_prompt_are_text_even_where_they_look_like_paths(pipe, tmp_
     monkeypatch.chdir(tmp_path)
     an_image().save("cat.png")
     assert written(pipe, ["cat.png"], generator=seeded(0)) == written(pipe, "cat.png", generator=seeded(0))
+
+
+def test_images_of_a_prompt_come_as_paths_files_bytes_or_rows_of_datasets(pipe, tmp_path):
+    path = tmp_path / "cat.png"
+    an_image().save(path)
+    wanted = written(pipe, [an_image(), "in snow"], generator=seeded(0))
+    with path.open("rb") as file:
+        for part in (path, file, io.BytesIO(path.read_bytes()), path.read_bytes(), {"bytes": path.read_bytes()}):
+            assert written(pipe, [part, "in snow"], generator=seeded(0)) == wanted
+    assert written(pipe, [{"bytes": None, "path": str(path)}, "in snow"], generator=seeded(0)) == wanted
+    assert written(pipe, path, generator=seeded(0)) == written(pipe, an_image(), generator=seeded(0))
 
 
 def test_a_negative_prompt_stands_in_the_unconditional_stream(pipe):

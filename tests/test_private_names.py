@@ -18,8 +18,6 @@ PIPELINE, SDXL = diffusers.DiffusionPipeline, diffusers.StableDiffusionXLPipelin
         (StableDiffusionXLLoraLoaderMixin, "_lora_loadable_modules"),
         # asked for or overridden
         (PIPELINE, "_execution_device"),
-        (PIPELINE, "_dict_from_json_file"),
-        (diffusers.AutoPipelineForText2Image, "_dict_from_json_file"),
         (SDXL, "_get_add_time_ids"),
     ],
 )

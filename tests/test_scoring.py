@@ -81,3 +81,13 @@ def test_wrong_continuations_are_refused(model):
         model.score(**prompts, continuations=[[5, 99999]])
     with pytest.raises(ValueError, match="1 lists of continuations were given for 2 prompts"):
         model.score(**prompts, continuations=[[[5]]])
+
+
+@torch.no_grad()
+def test_greedy_says_whether_every_id_is_the_most_probable(model):
+    prompt = left_padded([[5, 6]])
+    ids = [int(model(**prompt).logits[0, -1].argmax())]
+    ids.append(int(model(**left_padded([[5, 6, *ids]])).logits[0, -1].argmax()))
+    other = [ids[0], (ids[1] + 1) % CODE]
+    scores, greedy = model.score(**prompt, continuations=[ids, other, ids[:1]], return_greedy=True)
+    assert greedy.tolist() == [[True, False, True]] and scores.shape == (1, 3)

@@ -11,7 +11,7 @@ def add_commands(add) -> None:
         "app",
         app,
         help="open the demo in a browser (needs gradio)",
-        description="Serves a demo for the browser: drawing, reading, visual tokens. Needs gradio.",
+        description="Serves a demo for the browser: draw, restyle, read, visual tokens, chat. Needs gradio.",
         example="lavit app --model organisation/checkpoint",
     )
 

@@ -131,9 +131,9 @@ def model_source(options: argparse.Namespace, model_types: tuple[str, ...] = ("l
         raise ValueError(f"{source} is no LaVIT checkpoint: it has no config.json")
     if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise ValueError(f"there is no checkpoint folder {source}, nor is that the name of a repository on the Hub")
-    from transformers import AutoConfig
+    from modeling_lavit.loading_lavit import read_config
 
-    model_type = AutoConfig.from_pretrained(source).model_type
+    model_type = read_config(source).model_type
     if model_type not in model_types:
         raise ValueError(f"{source} is no LaVIT checkpoint: its model type is {model_type!r}")
     return source

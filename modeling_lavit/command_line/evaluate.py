@@ -13,6 +13,7 @@ from .common import Parser, model_source, positive_number, seed_number
 
 
 EMOJI_REPORT = "modeling_lavit.evaluation.report"
+JAVA_METRICS = ("METEOR", "SPICE")
 PROTOCOLS = ("official", "lavit", "lmms-eval")
 
 EPILOG = """\
@@ -54,14 +55,33 @@ def build_parser() -> Parser:
         kind.add_argument("--ray", type=positive_number, metavar="N", help="run as a Ray Data job of N workers")
         return kind
 
-    kind = add("captions", captions, "captions: CIDEr-D, BLEU, ROUGE-L", 32, "images")
+    _add_captions(add("captions", captions, "captions: CIDEr-D, BLEU, ROUGE-L", 32, "images"))
+    _add_answers(add("answers", answers, "answers to questions about images", 32, "questions"))
+    _add_drawings(add("drawings", drawings, "drawings of a suite's prompts: FID, CLIP score", 8, "prompts"))
+    _add_tokens(add("tokens", tokens, "the visual tokens of a folder's images", 32, "images"))
+    _add_retrieval(
+        add("retrieval", retrieval, "images found by their captions, and captions by their images", 16, "images")
+    )
+
+    kinds.add_parser("emoji", help="the embedded checkpoint's own report", add_help=False)
+    return parser
+
+
+def _add_captions(kind: Parser) -> None:
     kind.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="reference captions")
     kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, which the model describes")
     kind.add_argument("--predictions", type=Path, metavar="FILE", help="captions to score instead of the model's")
     kind.add_argument("--split", help="of annotations that have some (default: test)")
-    kind.add_argument("--java", action="store_true", help="METEOR and SPICE too, by pycocoevalcap and Java")
+    kind.add_argument(
+        "--java",
+        nargs="*",
+        choices=JAVA_METRICS,
+        metavar="METRIC",
+        help="METEOR and SPICE too, or the one that is named, by pycocoevalcap and Java",
+    )
 
-    kind = add("answers", answers, "answers to questions about images", 32, "questions")
+
+def _add_answers(kind: Parser) -> None:
     kind.add_argument("--questions", type=Path, metavar="FILE", help="questions")
     kind.add_argument("--annotations", type=Path, metavar="FILE", help="answers, where they are in another file")
     kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, about which the model answers")
@@ -69,7 +89,8 @@ def build_parser() -> Parser:
     kind.add_argument("--protocol", choices=PROTOCOLS, default="official", help="(default: official)")
     kind.add_argument("--lemmatize", action="store_true", help="nouns and verbs of both sides to base forms, by spaCy")
 
-    kind = add("drawings", drawings, "drawings of a suite's prompts: FID, CLIP score", 8, "prompts")
+
+def _add_drawings(kind: Parser) -> None:
     kind.add_argument(
         "--prompts",
         type=Path,
@@ -91,20 +112,19 @@ def build_parser() -> Parser:
     kind.add_argument("--steps", type=positive_number, metavar="N", help="of denoising")
     kind.add_argument("--decoder-guidance-scale", type=float, metavar="S", help="of the pixel decoder")
 
-    kind = add("tokens", tokens, "the visual tokens of a folder's images", 32, "images")
+
+def _add_tokens(kind: Parser) -> None:
     kind.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images")
     kind.add_argument(
         "--shares", type=float, nargs="+", default=[], metavar="R", help="of the patches to keep, for a curve"
     )
     kind.add_argument("--reconstruct", action="store_true", help="draw from the tokens: PSNR and SSIM")
 
-    kind = add("retrieval", retrieval, "images found by their captions, and captions by their images", 16, "images")
+
+def _add_retrieval(kind: Parser) -> None:
     kind.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="reference captions")
     kind.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     kind.add_argument("--split", help="of annotations that have some (default: test)")
-
-    kinds.add_parser("emoji", help="the embedded checkpoint's own report", add_help=False)
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -175,7 +195,7 @@ def captions(options: argparse.Namespace) -> None:
         split=options.split,
         limit=options.limit,
         seed=options.seed,
-        java=options.java,
+        java=JAVA_METRICS if options.java == [] else options.java or (),
         run_model=model_runner(options, "reading.CaptionReader", "image"),
     )
     _print(options.output, results)

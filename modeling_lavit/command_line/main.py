@@ -11,7 +11,7 @@ import select
 import sys
 import warnings
 
-from . import app, draw, read, search, serve, tokenize
+from . import app, draw, publish, read, search, serve, tokenize
 from .common import Parser, one_line
 
 
@@ -50,7 +50,7 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, run, help: str, description: str, example: str) -> Parser:
+    def add(name: str, run, help: str, description: str, example: str, loads_model: bool = True) -> Parser:
         command = commands.add_parser(
             name,
             help=help,
@@ -58,6 +58,8 @@ def build_parser() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
+        if not loads_model:
+            return command
         command.add_argument(
             "--model",
             metavar="PATH_OR_REPO",
@@ -66,7 +68,7 @@ def build_parser() -> Parser:
         command.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
         return command
 
-    for topic in (draw, read, tokenize, app, serve, search):
+    for topic in (draw, read, tokenize, app, serve, search, publish):
         topic.add_commands(add)
     for name, (_, help) in DELEGATED.items():
         commands.add_parser(name, help=f"{help} (lavit {name} --help)", add_help=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 
 from .common import device_and_dtype, model_source, positive_number
 
@@ -48,12 +49,16 @@ def add_commands(add) -> None:
 
 def run_server(options: argparse.Namespace):
     """`lavit serve`"""
+    try:
+        with socket.create_server((options.host, options.port)):
+            pass
+    except OSError as error:
+        raise OSError(f"{options.host}:{options.port} cannot be listened at: {error.strerror}") from error
     source = model_source(options)
     device, _ = device_and_dtype(options)
-    # read when Ray is imported
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # read by Ray, and by the libraries of its workers: threads that wait do not spin, others may need the cores
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_WAIT_POLICY", "passive")):
+        os.environ.setdefault(name, value)
     from modeling_lavit.serving.application import serve_until_interrupted
     from modeling_lavit.serving.settings import ServeSettings
 

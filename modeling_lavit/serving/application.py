@@ -5,11 +5,11 @@ import contextlib
 import logging
 import os
 import signal
-import socket
-import threading
+import time
 from collections.abc import Callable
 
 import ray
+import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -45,6 +45,7 @@ def app(settings: ServeSettings) -> Application:
         LavitEngine,
         name=LavitEngine.__name__,
         num_replicas=settings.replicas,
+        ray_actor_options=resources(settings),
         # one batch runs, the next one waits in the replica
         max_ongoing_requests=2 * settings.max_batch_size,
         max_queued_requests=settings.max_queue,
@@ -60,9 +61,18 @@ def app(settings: ServeSettings) -> Application:
         name=LavitServer.__name__,
         # requests wait at the engine, where what is too much is refused as the API's error
         max_ongoing_requests=10_000,
+        ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=0.2,
     )
     return server.bind(engine.bind(settings))
+
+
+def resources(settings: ServeSettings) -> dict[str, float]:
+    """Of one replica of the model: a GPU, or its share of the cores (Ray gives it as many threads)."""
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        return {"num_cpus": max(1, (os.cpu_count() or 1) // settings.replicas)}
+    return {"num_cpus": 1, "num_gpus": 1}
 
 
 async def count_replicas() -> int:
@@ -87,15 +97,11 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
         on_ready: called once requests are answered.
 
     Raises:
-        OSError: the port is taken, or the model cannot be loaded.
+        OSError: the model cannot be loaded.
     """
-    with socket.create_server((host, port)):
-        pass
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False, "num_cpus": os.cpu_count()} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level="error", **local)
-    # Ray has put a handler of its own there, which aborts the process
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
@@ -104,9 +110,13 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
         except RuntimeError as error:
             logs = "/tmp/ray/session_latest/logs/serve"
             raise OSError(f"the server did not start ({error}): the files of {logs} say why") from error
+        # Ray's own handler aborts the process; a second signal must not interrupt the stop
+        signals: list[int] = []
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, lambda number, frame: signals.append(number))
         on_ready()
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        while not signals:
+            time.sleep(0.2)
         with contextlib.suppress(TimeoutError):
             server.drain.remote(STOP_SECONDS).result()
     finally:

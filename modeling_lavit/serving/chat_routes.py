@@ -33,15 +33,15 @@ async def complete_chat(request: Request, body: ChatRequest) -> dict | Streaming
     """
     server = request.app.state.server
     server.check_model(body.model)
-    conversation, images = await _read_messages(request, body)
+    conversation = await _read_messages(request, body)
     n = check_n(server.settings, body.n)
     seeds = seeds_of(body.seed, n)
     if body.answers_with == "image":
         size = chosen_size(await server.engine.describe(), body.size)
-        parts = _drawing_parts(conversation, images)
+        parts = _drawing_parts(conversation)
         answers = await ask_all(server.engine.draw, [Drawing(parts, seed, size) for seed in seeds])
     else:
-        writings = [_writing(request, body, conversation, images, seed) for seed in seeds]
+        writings = [_writing(request, body, conversation, seed) for seed in seeds]
         if body.stream:
             if n > 1:
                 raise ApiError(400, "n is 1 where an answer is streamed", "n", "invalid_value")
@@ -60,8 +60,8 @@ async def complete_chat(request: Request, body: ChatRequest) -> dict | Streaming
     return {**_head(body), "object": "chat.completion", "choices": choices, "usage": _usage(answers)}
 
 
-async def _read_messages(request: Request, body: ChatRequest) -> tuple[list[dict], tuple[Image.Image, ...]]:
-    """Messages as the chat template takes them, and their images in reading order."""
+async def _read_messages(request: Request, body: ChatRequest) -> list[dict]:
+    """Messages as the chat template takes them, with their images."""
     server = request.app.state.server
     parts = [part for message in body.messages for part in message.content]
     check_texts(server.settings, [part.text for part in parts if isinstance(part, TextPart)], "messages")
@@ -72,28 +72,26 @@ async def _read_messages(request: Request, body: ChatRequest) -> tuple[list[dict
     if not count and not any(part.text.strip() for part in parts):
         raise ApiError(400, "the messages are empty", "messages", "invalid_value")
     reader = ImageReader(server.settings, (await server.engine.describe()).image_size)
-    conversation, images = [], []
+    conversation = []
     for i, message in enumerate(body.messages):
         blocks = []
         for j, part in enumerate(message.content):
             if isinstance(part, TextPart):
                 blocks.append({"type": "text", "text": part.text})
             else:
-                blocks.append({"type": "image"})
                 param = f"messages.{i}.content.{j}.image_url.url"
-                images.append(await reader.from_address(part.image_url.url, param))
+                image = await reader.from_address(part.image_url.url, param)
+                blocks.append({"type": "image", "image": image})
         role = "system" if message.role == "developer" else message.role
         conversation.append({"role": role, "content": blocks})
-    return conversation, tuple(images)
+    return conversation
 
 
-def _drawing_parts(conversation: list[dict], images: tuple[Image.Image, ...]) -> tuple[str | Image.Image, ...]:
-    in_order = iter(images)
-    blocks = [block for message in conversation for block in message["content"]]
-    return tuple(next(in_order) if block["type"] == "image" else block["text"] for block in blocks)
+def _drawing_parts(conversation: list[dict]) -> tuple[str | Image.Image, ...]:
+    return tuple(block[block["type"]] for message in conversation for block in message["content"])
 
 
-def _writing(request: Request, body: ChatRequest, conversation: list[dict], images: tuple, seed: int) -> Writing:
+def _writing(request: Request, body: ChatRequest, conversation: list[dict], seed: int) -> Writing:
     settings = request.app.state.server.settings
     max_tokens = body.max_completion_tokens or body.max_tokens
     if (max_tokens or 0) > settings.max_tokens:
@@ -105,7 +103,6 @@ def _writing(request: Request, body: ChatRequest, conversation: list[dict], imag
         preset = "answer" if asks else "caption"
     return Writing(
         conversation,
-        images,
         preset,
         seed,
         max_tokens=max_tokens,

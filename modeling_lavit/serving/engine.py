@@ -28,7 +28,7 @@ class LavitEngine:
 
     async def describe(self) -> Description:
         """Sizes of images that the model draws and reads."""
-        ratios = [tuple(size) for size in self.pipe.config.aspect_ratios.values()]
+        ratios = [tuple(size) for size in self.pipe.defaults.aspect_ratios.values()]
         default = tuple(self.pipe.default_size)
         size = self.processor.image_processor.size
         return Description([default, *(one for one in ratios if one != default)], (size["height"], size["width"]))
@@ -91,13 +91,15 @@ class LavitEngine:
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return sum(map(len, ids)) + 2 * (len(parts) - len(text)) + 1
 
-    def _inputs(self, batch: list[Waiting], **options) -> dict[str, torch.Tensor]:
-        writings: list[Writing] = [one.request for one in batch]
-        texts = [
-            self.processor.apply_chat_template(writing.messages, add_generation_prompt=True) for writing in writings
-        ]
-        images = [list(writing.images) for writing in writings]
-        return self.processor(text=texts, images=images if any(images) else None, **options)
+    def _inputs(self, batch: list[Waiting], generation_mode: str = "text") -> dict[str, torch.Tensor]:
+        return self.processor.apply_chat_template(
+            [one.request.messages for one in batch],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"generation_mode": generation_mode},
+        )
 
     def _write(
         self,

@@ -25,8 +25,8 @@ class Writing:
     """One answer to write.
 
     Args:
-        messages: of a chat, as the processor's chat template takes them: blocks of type "text" and "image".
-        images: in reading order.
+        messages: of a chat, as the processor's chat template takes them: blocks of type "text", and of type "image"
+            with the image.
         preset: of `generate`: "caption" or "answer"; None for text and images in one stream.
         seed: where ids are drawn.
         max_tokens: None is the preset's.
@@ -35,7 +35,6 @@ class Writing:
     """
 
     messages: list[dict]
-    images: tuple[Image.Image, ...]
     preset: str | None
     seed: int
     max_tokens: int | None = None

@@ -246,3 +246,30 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="is a file: give the name of a folder"):
         OutputFolder(tmp_path / "file")
+
+
+class Doubling:
+    """A worker that doubles keys."""
+
+    def __init__(self, model: str, device: str):
+        pass
+
+    def __call__(self, items: list[dict]) -> list[dict]:
+        return [{"text": item["key"] * 2} for item in items]
+
+
+def test_a_worker_of_a_cluster_takes_and_gives_what_one_here_does():
+    import numpy as np
+
+    from modeling_lavit.evaluation.ray_run import RayWorker
+
+    worker = RayWorker(Doubling, {"model": "x", "device": "cpu"})
+    rows = worker({"items": np.array([json.dumps(items(2))])})["rows"]
+    assert json.loads(rows[0]) == [{"key": "0", "text": "00"}, {"key": "1", "text": "11"}]
+
+
+def test_metrics_of_java_without_its_package_say_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    arguments = ["--annotations", FIXTURES / "captions_coco.json", "--predictions", FIXTURES / "predictions_coco.json"]
+    assert run("captions", *arguments, "--output", tmp_path, "--java", "METEOR") == 2
+    assert "pip install pycocoevalcap" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def figure(figures: str, name: str) -> float:
 
 def written_alone(engine, prompt: str, images: list, preset: str, **settings) -> str:
     processor = engine.processor
-    inputs = processor(text=prompt, images=[[Image.open(path) for path in images]] if images else None)
+    inputs = processor(text=prompt, images=[images] if images else None)
     ids = engine.model.generate(**inputs, generation_preset=preset, **settings)
     post_process = processor.post_process_caption if preset == "caption" else processor.post_process_answer
     return post_process(ids, input_ids=inputs.input_ids)[0]
@@ -116,12 +116,14 @@ def written_alone(engine, prompt: str, images: list, preset: str, **settings) ->
 def test_an_image_alone_is_captioned_and_a_question_answered_as_the_library_does(client, engine):
     response = chat(client, user(part(CAT)))
     choice = response.choices[0]
-    assert choice.message.content and choice.message.content == written_alone(engine, "<image>", [CAT], "caption")
+    assert choice.message.content and choice.message.content == written_alone(
+        engine, "<image>", [Image.open(CAT)], "caption"
+    )
     assert choice.finish_reason == "stop"
     assert response.usage.total_tokens == response.usage.prompt_tokens + response.usage.completion_tokens
     asked = "<image>Question: which style is this? Answer:"
     answer = chat(client, user(part(CAT), text("which style is this?"))).choices[0].message.content
-    assert answer and answer == written_alone(engine, asked, [CAT], "answer")
+    assert answer and answer == written_alone(engine, asked, [Image.open(CAT)], "answer")
 
 
 def test_turns_a_system_message_and_several_images_make_one_prompt(client, engine):
@@ -139,13 +141,15 @@ def test_turns_a_system_message_and_several_images_make_one_prompt(client, engin
     ]
     prompt = engine.processor.apply_chat_template(blocks, add_generation_prompt=True)
     answer = chat(client, *messages).choices[0].message.content
-    assert answer == written_alone(engine, prompt, [CAT, CUP], "answer")
+    assert answer == written_alone(engine, prompt, [Image.open(CAT), Image.open(CUP)], "answer")
 
 
 def test_streamed_pieces_make_the_answer_of_greedy_search(client, engine):
     events = list(chat(client, user(part(CAT)), stream=True, stream_options={"include_usage": True}))
     pieces = [event.choices[0].delta.content for event in events if event.choices and event.choices[0].delta.content]
-    assert len(pieces) > 1 and "".join(pieces) == written_alone(engine, "<image>", [CAT], "caption", num_beams=1)
+    assert len(pieces) > 1 and "".join(pieces) == written_alone(
+        engine, "<image>", [Image.open(CAT)], "caption", num_beams=1
+    )
     assert events[-2].choices[0].finish_reason == "stop" and events[-1].usage.completion_tokens > 0
 
 
@@ -175,6 +179,25 @@ def test_a_chat_draws_the_image_of_its_messages(client, engine):
     (drawn,) = response.choices[0].message.content
     expected = drawn_alone(engine, [Image.open(CAT), "in flat style"], 3)
     assert_alike(decoded(drawn["image_url"]["url"]), expected)
+
+
+def test_a_drawn_image_is_part_of_the_next_turn(client, engine):
+    first = {"role": "user", "content": "red apple"}
+    drawn = chat(client, first, modalities=["image"], seed=0).choices[0].message.content
+    second = user(text("what is it?"))
+    answer = chat(client, first, {"role": "assistant", "content": drawn}, second).choices[0].message.content
+    image = drawn_alone(engine, "red apple", 0)
+    blocks = [
+        {"role": "user", "content": [text("red apple")]},
+        {"role": "assistant", "content": [{"type": "image"}]},
+        second,
+    ]
+    prompt = engine.processor.apply_chat_template(blocks, add_generation_prompt=True)
+    assert answer and answer == written_alone(engine, prompt, [image], "answer")
+
+
+def test_a_mark_of_images_that_a_user_types_is_text(client):
+    assert chat(client, user(part(CAT), text("what is <image>?"))).choices[0].message.content
 
 
 def test_text_and_images_come_as_parts_in_one_answer(client):

@@ -1,1 +1,0 @@
-../../modeling_lavit/calls_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/candidates_lavit.py

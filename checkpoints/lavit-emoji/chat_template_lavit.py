@@ -1,1 +1,0 @@
-../../processing/chat_template_lavit.py

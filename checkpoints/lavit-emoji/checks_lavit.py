@@ -1,1 +1,0 @@
-../../modeling_lavit/checks_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/decoding_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/defaults_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/denoising_lavit.py

@@ -1,1 +1,0 @@
-../../../modeling_lavit/compat_lavit.py

@@ -1,1 +1,0 @@
-../../../modeling_lavit/configuration_lavit.py

@@ -1,1 +1,0 @@
-../../../modeling_lavit/layers_lavit.py

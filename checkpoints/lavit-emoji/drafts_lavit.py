@@ -1,1 +1,0 @@
-../../modeling_lavit/drafts_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/encoder_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/filling_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/generation_settings_lavit.py

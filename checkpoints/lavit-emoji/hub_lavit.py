@@ -1,1 +1,0 @@
-../../modeling_lavit/hub_lavit.py

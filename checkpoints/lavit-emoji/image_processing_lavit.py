@@ -1,1 +1,0 @@
-../../processing/image_processing_lavit.py

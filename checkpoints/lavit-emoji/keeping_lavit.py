@@ -1,1 +1,0 @@
-../../modeling_lavit/keeping_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/loading_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/logits_lavit.py

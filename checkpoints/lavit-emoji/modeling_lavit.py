@@ -1,1 +1,0 @@
-../../modeling_lavit/modeling_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/outputs_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/pipeline_lavit.py

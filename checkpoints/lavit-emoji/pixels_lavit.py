@@ -1,1 +1,0 @@
-../../modeling_lavit/pixels_lavit.py

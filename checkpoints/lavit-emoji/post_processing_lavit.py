@@ -1,1 +1,0 @@
-../../processing/post_processing_lavit.py

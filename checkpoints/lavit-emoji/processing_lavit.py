@@ -1,1 +1,0 @@
-../../processing/processing_lavit.py

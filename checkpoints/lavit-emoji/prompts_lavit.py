@@ -1,1 +1,0 @@
-../../modeling_lavit/prompts_lavit.py

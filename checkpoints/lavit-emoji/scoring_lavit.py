@@ -1,1 +1,0 @@
-../../modeling_lavit/scoring_lavit.py

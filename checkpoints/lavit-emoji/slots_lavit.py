@@ -1,1 +1,0 @@
-../../modeling_lavit/slots_lavit.py

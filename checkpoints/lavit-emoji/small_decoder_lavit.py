@@ -1,1 +1,0 @@
-../../modeling_lavit/small_decoder_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/tokens_lavit.py

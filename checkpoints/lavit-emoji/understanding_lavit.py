@@ -1,1 +1,0 @@
-../../modeling_lavit/understanding_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/visual_tokens_lavit.py

@@ -1,1 +1,0 @@
-../../modeling_lavit/vocabulary_lavit.py

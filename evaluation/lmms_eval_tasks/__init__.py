@@ -1,0 +1,1 @@
+"""Tasks of lmms-eval in the paper's prompts; they are loaded by the harness: `--include_path` this folder."""

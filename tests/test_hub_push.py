@@ -1,0 +1,287 @@
+"""Uploading and loading as people do it, against a stand-in for the Hub."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from hub_server import HubServer
+from huggingface_hub import ModelCard, constants
+from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_visual_config
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from modeling_lavit import LavitPipeline, LavitVisualTokenizer
+from modeling_lavit.command_line import main
+from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
+
+
+@pytest.fixture(scope="module")
+def pipe() -> LavitPipeline:
+    return LavitPipeline(
+        processor=tiny_processor(),
+        model=tiny_model(),
+        detokenizer=tiny_detokenizer(),
+        unet=tiny_unet(channels=12),
+        vae=LavitPatchAutoencoder(patch_size=2, latent_channels=12, block_out_channels=(1, 1)),
+        scheduler=tiny_scheduler("sample"),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "lavit-tiny"
+    pipe.save_pretrained(folder)
+    pipe.unet.save_pretrained(folder / "unet", variant="mine")
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine, an empty cache, and a token."""
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        # transformers keeps one client
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        yield server
+
+
+def upload_as_it_is(hub: HubServer, folder: Path, name: str) -> None:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    hub.repositories[name] = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def fetched(hub: HubServer) -> set[str]:
+    """The files whose content was asked for."""
+    gets = (call.split("/resolve/")[1] for call in hub.calls if call.startswith("GET ") and "/resolve/" in call)
+    return {name.split("/", 1)[1] for name in gets}
+
+
+CLASSES = {
+    "model": (lambda pipe: pipe.model, {"config.json", "model.safetensors", "generation_config.json"}),
+    "tokenizer": (lambda pipe: pipe.model.model.visual_tokenizer, {"config.json", "model.safetensors"}),
+    "detokenizer": (lambda pipe: pipe.detokenizer, {"config.json", "model.safetensors"}),
+    "processor": (lambda pipe: pipe.processor, {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}),
+    "image_processor": (lambda pipe: pipe.processor.image_processor, {"preprocessor_config.json"}),
+    "config": (lambda pipe: pipe.model.config, {"config.json"}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_uploads_itself_with_its_code_and_a_card(hub, pipe, name):
+    part, files = CLASSES[name]
+    url = part(pipe).push_to_hub(f"group/{name}", commit_message="First", private=True, tags=["tiny"])
+    pushed = hub.repositories[f"group/{name}"]
+    assert url.startswith(f"{hub.url}/group/{name}/commit/")
+    assert set(pushed) - {"chat_template.jinja"} == files | {"README.md", "lavit_transformers.py"}
+    assert f"group/{name}" in hub.private and hub.commits[0]["summary"] == "First"
+    card = ModelCard(pushed["README.md"].decode())
+    assert {"lavit", "tiny"} <= set(card.data.tags)
+    assert f'"group/{name}"' in card.text or name == "config"
+
+
+def test_a_pipeline_goes_to_a_branch_or_into_a_pull_request(hub, pipe):
+    pipe.push_to_hub("group/pipe")
+    main_branch = dict(hub.repositories["group/pipe"])
+    changed = tiny_processor()
+    assert "/discussions/1" in pipe.push_to_hub("group/pipe", create_pr=True, tags=["proposed"])
+    assert b"proposed" in hub.branches["group/pipe", "refs/pr/1"]["README.md"]
+    changed.push_to_hub("group/pipe", revision="next", tags=["next"])
+    assert "model.safetensors" in hub.branches["group/pipe", "next"]
+    assert hub.repositories["group/pipe"] == main_branch
+    with pytest.raises(ValueError, match="either create_pr or revision"):
+        pipe.push_to_hub("group/pipe", create_pr=True, revision="next")
+
+
+def test_saving_uploads_too(hub, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="group/saved", commit_message="Saved")
+    assert "model.safetensors" in hub.repositories["group/saved"]
+    tiny_processor().save_pretrained(tmp_path / "mine", push_to_hub=True)
+    assert "processor_config.json" in hub.repositories["me/mine"]
+
+
+def test_what_people_wrote_into_a_card_stays(hub, pipe):
+    pipe.push_to_hub("group/edited")
+    card = hub.repositories["group/edited"]["README.md"].decode()
+    edited = card.replace("## Limits\n", "## Limits\n\nIt cannot draw hands.\n").replace(
+        "library_name:", "license: mit\nlibrary_name:"
+    )
+    hub.repositories["group/edited"]["README.md"] = (edited + "\n## Thanks\n\nTo all.\n").encode()
+    pipe.push_to_hub("group/edited", tags=["second"])
+    card = hub.repositories["group/edited"]["README.md"].decode()
+    assert "It cannot draw hands." in card and "## Thanks\n\nTo all." in card
+    assert ModelCard(card).data.license == "mit" and "second" in ModelCard(card).data.tags
+    assert card.count("## Limits") == card.count("## Use") == card.count("## Code") == 1
+
+
+def test_a_card_written_by_hand_is_completed_not_replaced(hub, pipe):
+    hub.repositories["group/byhand"] = {"README.md": b"# My model\n\nWritten by hand.\n"}
+    pipe.push_to_hub("group/byhand")
+    card = hub.repositories["group/byhand"]["README.md"].decode()
+    assert "# My model\n\nWritten by hand." in card and "## Use" in card
+    assert card.startswith("---\n") and ModelCard(card).data.pipeline_tag == "any-to-any"
+
+
+REFUSALS = {
+    "no right": ({"group/theirs": (403, "You don't have the rights")}, "group/theirs", "token may not write there"),
+    "no space": (
+        {"group/full": (507, "Storage limit reached")},
+        "group/full",
+        r"no space left.*limit reached",
+    ),
+    "too large": ({"group/large": (413, "File too large")}, "group/large", "larger than the Hub takes"),
+    "odd": ({"group/odd": (418, "I am a teapot")}, "group/odd", r"answers 418 \(it says: I am a teapot\)"),
+    "no name": ({}, "group/a b", "a b"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_what_the_hub_refuses_is_said_in_one_line(hub, saved, reason, capfd):
+    hub.refused, name, message = REFUSALS[reason]
+    hub.repositories |= {refused: {} for refused in hub.refused}
+    assert main(["push", str(saved), name]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("lavit: error:")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines
+
+
+def test_no_token_is_said_in_one_line(hub, saved, monkeypatch, capfd, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    hub.needs_token = True
+    assert main(["push", str(saved), "group/mine"]) == 2
+    assert "group/mine: the token is missing or not valid: call `hf auth login`" in capfd.readouterr().err
+
+
+def test_an_upload_that_broke_off_goes_on(hub, saved):
+    hub.lost_uploads = 1
+    assert main(["push", str(saved), "group/mine"]) == 2
+    assert "config.json" not in hub.repositories["group/mine"]
+    arrived = set(hub.blobs)
+    hub.calls.clear()
+    assert main(["push", str(saved), "group/mine"]) == 0
+    sent = {call.rsplit("/", 1)[1] for call in hub.calls if call.startswith("PUT ")}
+    assert sent and not sent & arrived
+    assert hub.repositories["group/mine"]["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+
+
+def test_a_dry_run_lists_what_is_new(hub, saved, tmp_path, capfd):
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    assert main(["push", str(folder), "group/mine", "--dry-run"]) == 0
+    listed = capfd.readouterr().out
+    assert "group/mine would be created" in listed and "new" in listed and "group/mine" not in hub.repositories
+    assert main(["push", str(folder), "group/mine", "--private", "--message", "Mine"]) == 0
+    assert capfd.readouterr().out.startswith(f"{hub.url}/group/mine/commit/")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert main(["push", str(folder), "group/mine", "--dry-run"]) == 0
+    states = {line.split()[-1]: line.split()[0] for line in capfd.readouterr().out.splitlines()}
+    assert states["config.json"] == "changed" and states["model.safetensors"] == states["tokenizer.json"] == "same"
+    assert not list(folder.glob(".cache*"))
+
+
+def test_what_is_no_saved_model_is_not_uploaded(hub, tmp_path, capfd):
+    assert main(["push", str(tmp_path), "group/mine"]) == 2
+    assert main(["push", str(tmp_path / "nowhere"), "group/mine"]) == 2
+    error = capfd.readouterr().err
+    assert "is no saved model" in error and "there is no folder" in error
+    assert not hub.repositories
+
+
+def test_reading_fetches_the_model_alone(hub, saved):
+    upload_as_it_is(hub, saved, "group/mine")
+    AutoModelForMultimodalLM.from_pretrained("group/mine")
+    AutoProcessor.from_pretrained("group/mine")
+    assert "model.safetensors" in fetched(hub)
+    assert not [name for name in fetched(hub) if "/" in name or name.endswith((".py", ".png", ".md"))]
+
+
+def test_a_pipeline_fetches_what_it_is_made_of_once(hub, saved):
+    upload_as_it_is(hub, saved, "group/mine")
+    hub.repositories["group/mine"] |= {"samples.png": b"", "training.log": b"", "unet/old.bin": b"", "lowres/x": b""}
+    for loader in (LavitPipeline, DiffusionPipeline, AutoPipelineForText2Image):
+        assert type(loader.from_pretrained("group/mine")) is LavitPipeline
+    names = fetched(hub)
+    assert {"model.safetensors", "unet/diffusion_pytorch_model.safetensors", "detokenizer/model.safetensors"} <= names
+    assert not names & {"samples.png", "training.log", "unet/old.bin", "lowres/x", "README.md"}
+    assert "unet/diffusion_pytorch_model.mine.safetensors" not in names
+    weights = [call for call in hub.calls if call.startswith("GET") and call.endswith(".safetensors")]
+    assert len(weights) == len(set(weights))
+
+
+def test_components_that_are_given_are_not_fetched(hub, saved, pipe):
+    upload_as_it_is(hub, saved, "group/mine")
+    loaded = LavitPipeline.from_pretrained("group/mine", model=pipe.model, processor=pipe.processor)
+    assert loaded.model is pipe.model
+    assert not fetched(hub) & {"model.safetensors", "tokenizer.json", "config.json"}
+
+
+def test_a_variant_is_fetched_where_a_component_has_it(hub, saved):
+    upload_as_it_is(hub, saved, "group/mine")
+    LavitPipeline.from_pretrained("group/mine", variant="mine")
+    names = fetched(hub)
+    assert {"unet/diffusion_pytorch_model.mine.safetensors", "detokenizer/model.safetensors"} <= names
+    assert "unet/diffusion_pytorch_model.safetensors" not in names
+
+
+def test_a_revision_a_cache_and_a_lost_connection(hub, saved, tmp_path, monkeypatch):
+    upload_as_it_is(hub, saved, "group/mine")
+    hub.branches["group/mine", "next"] = dict(hub.repositories["group/mine"])
+    hub.repositories["group/mine"].pop("model_index.json")
+    cache = {"cache_dir": str(tmp_path / "other")}
+    with pytest.raises(OSError, match="no model_index.json"):
+        LavitPipeline.from_pretrained("group/mine", **cache)
+    with pytest.raises(OSError, match="group/mine"):
+        LavitPipeline.from_pretrained("group/mine", revision="never", **cache)
+    with pytest.raises(OSError, match="group/nothing"):
+        LavitPipeline.from_pretrained("group/nothing", **cache)
+    first = LavitPipeline.from_pretrained("group/mine", revision="next", token="hf_other", **cache)
+    hub.calls.clear()
+    again = LavitPipeline.from_pretrained("group/mine", revision="next", local_files_only=True, **cache)
+    assert not hub.calls
+    assert torch.equal(first.unet.conv_in.weight, again.unet.conv_in.weight)
+    LavitPipeline.from_pretrained("group/mine", revision="next", force_download=True, **cache)
+    assert "model.safetensors" in fetched(hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert type(DiffusionPipeline.from_pretrained("group/mine", revision="next", **cache)) is LavitPipeline
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("models--*/snapshots/*"))
+
+
+def test_the_auto_classes_take_revisions_and_subfolders(hub, saved):
+    upload_as_it_is(hub, saved, "group/main")
+    hub.repositories["group/nested"] = {f"inner/{name}": c for name, c in hub.repositories["group/main"].items()}
+    hub.branches["group/nested", "next"] = hub.repositories["group/nested"]
+    where = {"subfolder": "inner", "revision": "next"}
+    assert AutoConfig.from_pretrained("group/nested", **where).model_type == "lavit"
+    assert (
+        type(AutoModelForMultimodalLM.from_pretrained("group/nested", **where)).__name__
+        == "LavitForConditionalGeneration"
+    )
+    assert type(AutoProcessor.from_pretrained("group/nested", **where)).__name__ == "LavitProcessor"
+    assert type(AutoTokenizer.from_pretrained("group/nested", **where)).__name__ == "LlamaTokenizer"
+    assert type(AutoImageProcessor.from_pretrained("group/nested", **where)).__name__ == "LavitImageProcessor"
+    detokenizer = AutoModel.from_pretrained("group/main", subfolder="detokenizer")
+    assert type(detokenizer).__name__ == "LavitDetokenizer"
+
+
+def test_a_visual_tokenizer_is_a_repository_of_its_own(hub):
+    tokenizer = LavitVisualTokenizer(tiny_visual_config()).eval()
+    tokenizer.push_to_hub("group/tokenizer")
+    loaded = AutoModel.from_pretrained("group/tokenizer")
+    assert torch.equal(loaded.quantizer.codebook.weight, tokenizer.quantizer.codebook.weight)
+    card = ModelCard(hub.repositories["group/tokenizer"]["README.md"].decode())
+    assert card.data.pipeline_tag == "image-feature-extraction" and "tokenizer.tokenize(" in card.text
