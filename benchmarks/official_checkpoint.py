@@ -123,7 +123,7 @@ def write_text_tokenizer(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from modeling_lavit.conversion.text_tokenizer import parse_sentencepiece
 
-    known = {piece for piece, _, _ in parse_sentencepiece(bytes(model)).pieces}
+    known = {piece.piece for piece in parse_sentencepiece(bytes(model)).pieces}
     missing = TEXT_VOCAB_SIZE - len(known)
     characters = (chr(point) for point in range(0x3400, 0xD7A4) if chr(point) not in known)
     for rank, character in zip(range(missing), characters, strict=False):

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             print(upload(options.output, options.push_to, commit_message="Convert LaVIT"))
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("LAVIT_TRACEBACK"):
             raise
         print(f"lavit convert: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,8 +1,5 @@
-"""A sentencepiece model file as a `tokenizer.json` with the same ids: sentencepiece is not needed, here or later."""
+"""A sentencepiece model file as a `tokenizer.json` with the same ids: sentencepiece is needed here, and not later."""
 
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -17,97 +14,40 @@ BPE_MODEL = 2
 SPACE = "▁"
 
 
-@dataclass
-class SentencePieceModel:
-    """What a model file says.
-
-    Args:
-        pieces: (text, score, type) of every id.
-        model_type: 1 unigram, 2 BPE, 3 words, 4 characters.
-        byte_fallback: whether unknown characters become bytes.
-        add_dummy_prefix, remove_extra_whitespaces: of the normalizer.
-        charsmap: of the normalizer, compiled; empty where it changes no character.
-    """
-
-    pieces: list[tuple[str, float, int]] = field(default_factory=list)
-    model_type: int = 1
-    byte_fallback: bool = False
-    add_dummy_prefix: bool = True
-    remove_extra_whitespaces: bool = True
-    charsmap: bytes = b""
-
-
-def parse_sentencepiece(content: bytes) -> SentencePieceModel:
-    """Reads the protocol buffer `ModelProto` of sentencepiece.
+def parse_sentencepiece(content: bytes):
+    """A model file as sentencepiece's own `ModelProto`.
 
     Raises:
-        ValueError: it is none.
+        ImportError: the packages sentencepiece and protobuf are not installed.
+        ValueError: it is no such file.
     """
-    model = SentencePieceModel()
     try:
-        for number, value in _fields(content):
-            if number == 1:
-                piece = dict(_fields(value))
-                score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-                model.pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
-            elif number == 2:
-                trainer = dict(_fields(value))
-                model.model_type = trainer.get(3, 1)
-                model.byte_fallback = bool(trainer.get(35, 0))
-            elif number == 3:
-                normalizer = dict(_fields(value))
-                model.charsmap = normalizer.get(2, b"")
-                model.add_dummy_prefix = bool(normalizer.get(3, 1))
-                model.remove_extra_whitespaces = bool(normalizer.get(4, 1))
-    except (IndexError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"not a sentencepiece model, or a damaged one ({error!r})") from error
+        from google.protobuf.message import DecodeError
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    except ImportError as error:
+        raise ImportError(
+            "the text tokenizer of official checkpoints is read by sentencepiece: pip install 'lavit-hf[convert]'"
+        ) from error
+    try:
+        model = ModelProto.FromString(content)
+    except DecodeError as error:
+        raise ValueError(f"not a sentencepiece model, or a damaged one ({error})") from error
     if not model.pieces:
         raise ValueError("not a sentencepiece model: it has no pieces")
     return model
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protocol buffer: numbers as int, everything else as bytes."""
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = content[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while position < len(content):
-        tag = varint()
-        number, wire_type = tag >> 3, tag & 7
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        if wire_type not in (1, 2, 5):
-            raise ValueError(f"wire type {wire_type}")
-        length = varint() if wire_type == 2 else 8 if wire_type == 1 else 4
-        if position + length > len(content):
-            raise ValueError("it ends within a field")
-        yield number, content[position : position + length]
-        position += length
-
-
-def merges_of(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """Pairs in the order in which sentencepiece merges them.
+def merges_of(pieces: list[tuple[str, float]]) -> list[tuple[str, str]]:
+    """Pairs in the order in which sentencepiece merges them, from its normal pieces and their scores.
 
     sentencepiece takes the best scored piece that two neighbours make, the leftmost where several make the same one;
     `tokenizers` takes the first pair of a list. The two agree if, wherever two ways to make one piece can overlap
     (`x+y == y+z` for the neighbours `x y z`), the pair that comes first in the text comes first in the list. That is
     so exactly where the piece begins as it ends. In a run of one and the same thing longer parts stand on the left.
     """
-    known = {text for text, _, kind in model.pieces if kind == NORMAL}
-    scored = [(score, index, text) for index, (text, score, kind) in enumerate(model.pieces) if kind == NORMAL]
+    known = {text for text, _ in pieces}
     merges = []
-    for _, _, text in sorted(scored, key=lambda entry: (-entry[0], entry[1])):
+    for text, _ in sorted(pieces, key=lambda piece: -piece[1]):
         length = len(text)
         cuts = [cut for cut in range(1, length) if text[:cut] in known and text[cut:] in known]
 
@@ -123,7 +63,7 @@ def merges_of(model: SentencePieceModel) -> list[tuple[str, str]]:
     return merges
 
 
-def build_tokenizer(model: SentencePieceModel, legacy: bool, add_bos_token: bool) -> Tokenizer:
+def build_tokenizer(model, legacy: bool, add_bos_token: bool) -> Tokenizer:
     """The fast tokenizer with the ids of transformers' slow Llama tokenizer.
 
     Args:
@@ -135,30 +75,34 @@ def build_tokenizer(model: SentencePieceModel, legacy: bool, add_bos_token: bool
     Raises:
         ValueError: it is no BPE model, or has pieces that Llama's tokenizers do not have.
     """
-    if model.model_type != BPE_MODEL:
-        raise ValueError(f"the sentencepiece model is of type {model.model_type}; LaVIT's is BPE ({BPE_MODEL})")
-    unusual = {text for text, _, kind in model.pieces if kind not in (NORMAL, UNKNOWN, CONTROL, BYTE)}
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != BPE_MODEL:
+        raise ValueError(f"the sentencepiece model is of type {trainer.model_type}; LaVIT's is BPE ({BPE_MODEL})")
+    unusual = {piece.piece for piece in model.pieces if piece.type not in (NORMAL, UNKNOWN, CONTROL, BYTE)}
     if unusual:
         raise ValueError(f"the sentencepiece model has user-defined or unused pieces: {sorted(unusual)[:5]}")
-    texts = [text for text, _, _ in model.pieces]
-    unknown = next(text for text, _, kind in model.pieces if kind == UNKNOWN)
+    texts = [piece.piece for piece in model.pieces]
+    special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
+    unknown = [piece.piece for piece in model.pieces if piece.type == UNKNOWN]
+    if len(unknown) != 1 or len(set(texts)) != len(texts) or "<s>" not in texts:
+        raise ValueError("the sentencepiece model must have one unknown piece, <s>, and no piece twice")
     tokenizer = Tokenizer(
         BPE(
             {text: index for index, text in enumerate(texts)},
-            merges_of(model),
-            unk_token=unknown,
+            merges_of([(piece.piece, piece.score) for piece in model.pieces if piece.type == NORMAL]),
+            unk_token=unknown[0],
             fuse_unk=True,
-            byte_fallback=model.byte_fallback,
+            byte_fallback=trainer.byte_fallback,
         )
     )
     steps: list[normalizers.Normalizer] = []
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
-    if model.remove_extra_whitespaces:
+    if normalizer.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.add_dummy_prefix and legacy:
+    if normalizer.add_dummy_prefix and legacy:
         steps.append(normalizers.Prepend(SPACE))
-    elif model.add_dummy_prefix:
+    elif normalizer.add_dummy_prefix:
         # the pre-tokenizer puts the space in front of the first text alone, but not in front of another space
         steps.append(normalizers.Replace(Regex(rf"\A(?=[ {SPACE}])"), SPACE))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
@@ -166,7 +110,6 @@ def build_tokenizer(model: SentencePieceModel, legacy: bool, add_bos_token: bool
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = [text for text, _, kind in model.pieces if kind in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     if add_bos_token:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -198,7 +141,10 @@ def convert_text_tokenizer(folder: Path, model_max_length: int) -> tuple[PreTrai
         tokenizer = build_tokenizer(model, legacy is not False, add_bos_token is not False)
     elif ready_file.is_file():
         read_json(ready_file)
-        tokenizer = Tokenizer.from_file(str(ready_file))
+        try:
+            tokenizer = Tokenizer.from_file(str(ready_file))
+        except Exception as error:  # what tokenizers raises has no class of its own
+            raise ValueError(f"{ready_file} is no tokenizer, or a damaged one: {error}") from error
     else:
         raise FileNotFoundError(f"{model_file} is missing: download it again")
     text_vocab_size = tokenizer.get_vocab_size()

@@ -5,8 +5,10 @@ failing at some name that it lacks. setup.py says the same range.
 """
 
 import inspect
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.specifiers import SpecifierSet
 
 # `transformers.AutoImageProcessor` needs torchvision before 5.18, the class itself does not
@@ -14,7 +16,18 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llama.modeling_llama import LlamaModel
 
 
-__all__ = ["ALLOWED_VERSIONS", "CACHE_NAME", "AutoImageProcessor", "cache_kwargs", "check_versions", "pop_cache"]
+__all__ = [
+    "ALLOWED_VERSIONS",
+    "CACHE_NAME",
+    "AutoImageProcessor",
+    "cache_kwargs",
+    "check_versions",
+    "pop_cache",
+    "httpx",
+]
+
+# the HTTP client of huggingface_hub: httpx before 2.0, httpx2 since; can go with 2.0 as the oldest version
+httpx = import_module(HfHubHTTPError.__bases__[0].__module__.split(".")[0])
 
 ALLOWED_VERSIONS = {"transformers": ">=5.16,<6", "diffusers": ">=0.40,<1"}
 

@@ -14,7 +14,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
+
+from .compat_lavit import httpx
 
 
 README = "README.md"

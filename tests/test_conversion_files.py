@@ -29,7 +29,6 @@ from modeling_lavit import (
 from modeling_lavit.conversion import keys, writing
 from modeling_lavit.conversion.__main__ import main
 from modeling_lavit.conversion.text_tokenizer import (
-    SentencePieceModel,
     build_tokenizer,
     merges_of,
     parse_sentencepiece,
@@ -413,7 +412,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def sentencepiece_model() -> SentencePieceModel:
+def sentencepiece_model():
     return parse_sentencepiece((CHECKPOINT / "language_model" / "tokenizer.model").read_bytes())
 
 
@@ -427,10 +426,10 @@ def test_text_behind_a_special_token_begins_with_a_space_in_legacy_mode_alone():
 
 
 def test_merges_follow_the_order_of_the_text_where_pairs_overlap():
-    pieces = [("a", -9.0, 1), ("b", -9.0, 1), ("ab", -1.0, 1), ("ba", -2.0, 1), ("aba", -3.0, 1)]
-    assert merges_of(SentencePieceModel(pieces))[2:] == [("ab", "a"), ("a", "ba")]
-    pieces = [("a", -9.0, 1), ("aa", -1.0, 1), ("aaa", -2.0, 1)]
-    assert merges_of(SentencePieceModel(pieces)) == [("a", "a"), ("aa", "a"), ("a", "aa")]
+    pieces = [("a", -9.0), ("b", -9.0), ("ab", -1.0), ("ba", -2.0), ("aba", -3.0)]
+    assert merges_of(pieces)[2:] == [("ab", "a"), ("a", "ba")]
+    pieces = [("a", -9.0), ("aa", -1.0), ("aaa", -2.0)]
+    assert merges_of(pieces) == [("a", "a"), ("aa", "a"), ("a", "aa")]
 
 
 def random_text(generator: random.Random, pieces: list[str]) -> str:
@@ -452,7 +451,7 @@ def test_random_texts_become_the_ids_of_sentencepiece(tmp_path):
     assert main([str(CHECKPOINT), str(tmp_path / "out"), "--pixel-decoder", "none"]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     new = build_tokenizer(sentencepiece_model(), legacy=False, add_bos_token=False)
-    pieces = [text for text, _, kind in sentencepiece_model().pieces if kind == 1]
+    pieces = [piece.piece for piece in sentencepiece_model().pieces if piece.type == 1]
     generator = random.Random(0)
     for text in (random_text(generator, pieces) for _ in range(10_000)):
         ids = reference.encode(text)

@@ -24,7 +24,8 @@ WITHOUT_PACKAGE = """
 import json, sys
 sys.modules["modeling_lavit"] = None
 sys.modules["diffusers"] = None
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 loaded = {}
 for auto_class, folder in ((AutoModel, "tokenizer"), (AutoModel, "detokenizer"), (AutoProcessor, "processor"),

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard, constants
 from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_visual_config
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -22,6 +21,7 @@ from transformers import (
 
 from modeling_lavit import LavitPipeline, LavitVisualTokenizer
 from modeling_lavit.command_line import main
+from modeling_lavit.compat_lavit import AutoImageProcessor
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
 

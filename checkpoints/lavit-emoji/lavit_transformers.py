@@ -13,8 +13,10 @@ whether a folder's code is that of the package.
 # ruff: noqa: E402, F401, I001
 
 import inspect
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.specifiers import SpecifierSet
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -30,6 +32,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 # `transformers.AutoImageProcessor` needs torchvision before 5.18, the class itself does not
 
+
+# the HTTP client of huggingface_hub: httpx before 2.0, httpx2 since; can go with 2.0 as the oldest version
+httpx = import_module(HfHubHTTPError.__bases__[0].__module__.split(".")[0])
 
 ALLOWED_VERSIONS = {"transformers": ">=5.16,<6", "diffusers": ">=0.40,<1"}
 
@@ -97,13 +102,11 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from huggingface_hub.utils import httpx
 from PIL import Image, ImageCms
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file

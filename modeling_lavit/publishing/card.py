@@ -117,8 +117,8 @@ def merge_cards(theirs: str, ours: str) -> str:
     """A card made anew, with what was changed in the one that is there.
 
     Args:
-        theirs: the card that is there. Sections without a mark, or that differ from it, are someone's own; so are those
-            that the new card has not.
+        theirs: the card that is there. Sections without a mark, or that differ from it, are someone's own, as are
+            those that the new card has not.
         ours: the new one.
     """
     head, own_head = (HEAD.match(card) for card in (theirs, ours))
