@@ -19,8 +19,6 @@ from urllib.request import Request, urlopen
 import numpy as np
 from PIL import Image, ImageCms
 
-from modeling_lavit.compat_lavit import httpx
-
 
 MAX_IMAGE_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb
 MAX_FETCHED_BYTES = 64 * 2**20
