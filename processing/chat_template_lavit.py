@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.processing_utils import ImagesKwargs, TextKwargs
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
 
 
 # a noncharacter of Unicode, put into an <image> that a user has typed so that it is no mark
@@ -51,7 +51,7 @@ DEFAULT_CHAT_TEMPLATE = """\
         {{- "\\n" if state.asked -}}
         {%- set state.asked = false -%}
         {%- for block in blocks -%}
-            {%- if block.type == "image" or block.text | trim -%}
+            {%- if block.type != "text" or block.text | trim -%}
                 {{- "Question:" if block.type == "text" and not state.asked -}}
                 {%- set state.asked = state.asked or block.type == "text" -%}
                 {{- " " if state.asked -}}
@@ -66,7 +66,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 
-class LavitChatMixin:
+class LavitChatMixin(ProcessorMixin):
     """Needs `tokenizer`, `chat_template`, `image_token` and `generation_mode`."""
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs):
@@ -86,7 +86,13 @@ class LavitChatMixin:
         if len(conversation) == 0:
             raise ValueError("the conversation is empty")
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
-        names = {"generation_mode", "reference_compat", "max_image_pixels", *TextKwargs.__annotations__}
+        names = {
+            "generation_mode",
+            "reference_compat",
+            "max_image_pixels",
+            "split_special_tokens",
+            *TextKwargs.__annotations__,
+        }
         for name in (names | set(ImagesKwargs.__annotations__)) & set(kwargs) - {"return_tensors"}:
             processor_kwargs[name] = kwargs.pop(name)
         processor_kwargs.pop("sanitize_control_tokens", None)  # always done

@@ -5,6 +5,7 @@ import binascii
 import io
 import os
 import re
+import string
 import struct
 import threading
 import time
@@ -12,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageCms
-
-from modeling_lavit.compat_lavit import httpx
 
 
 MAX_IMAGE_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb
@@ -243,18 +243,21 @@ def _fetch(url: str, max_bytes: int, timeout: float, total_timeout: float) -> by
 
 
 def _fetch_until(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
+    # what a URL may not hold as it is (spaces, letters beyond ASCII) is percent-encoded
+    request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": "lavit"})
     content = bytearray()
-    with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as response:
-        response.raise_for_status()
+    with urlopen(request, timeout=timeout) as response:
         content_type = response.headers.get("content-type", "").split(";")[0].strip().lower()
         if content_type and not content_type.startswith("image/") and not content_type.endswith("octet-stream"):
             raise ValueError(f"its content type is {content_type}, not that of an image")
-        for piece in response.iter_bytes():
+        while piece := response.read1(2**16):
             content += piece
             if len(content) > max_bytes:
                 raise ValueError(f"it has more than {max_bytes} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError("it does not end in time")
+        if response.length:
+            raise ValueError(f"it ends {response.length} bytes too early")
     return bytes(content)
 
 

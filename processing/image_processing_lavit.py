@@ -67,6 +67,10 @@ class LavitImageProcessor(SavedWithCodeMixin, PilBackend):
     max_image_pixels = MAX_IMAGE_PIXELS
     reference_compat = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; where its code lies (`auto_map`) is written by whoever saves it."""
+        return {name: value for name, value in super().to_dict().items() if name != "auto_map"}
+
     def fetch_images(
         self, images: Any, max_image_pixels: int | None = None, reference_compat: bool | None = None
     ) -> Any:

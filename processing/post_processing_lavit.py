@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.processing_utils import ProcessorMixin
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -14,7 +15,7 @@ ABBREVIATION = re.compile(
 )
 
 
-class LavitPostProcessingMixin:
+class LavitPostProcessingMixin(ProcessorMixin):
     """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id` and `visual_offset`."""
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:

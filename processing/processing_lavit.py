@@ -35,7 +35,7 @@ class LavitProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: LavitImageProcessorKwargs
 
 
-class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixin, ProcessorMixin):
+class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixin, ProcessorMixin):
     """One processor for reading and drawing.
 
     ```python
@@ -99,11 +99,7 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        videos: None = None,
-        audio: None = None,
         visual_tokens: Any = None,
-        generation_mode: str | None = None,
-        reference_compat: bool | None = None,
         **kwargs: Unpack[LavitProcessorKwargs],
     ) -> BatchFeature:
         """Builds the inputs of `forward` and `generate`.
@@ -134,15 +130,18 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
             ValueError: marks and images disagree, a prompt is empty or longer than the context, codes out of range,
                 images that cannot be read, unknown mode, arguments that are not supported.
         """
-        mode = generation_mode or self.generation_mode
-        reference_compat = self.reference_compat if reference_compat is None else reference_compat
+        mode = kwargs.pop("generation_mode", None) or self.generation_mode
+        reference_compat = kwargs.pop("reference_compat", None) or self.reference_compat
+        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
+            raise ValueError("LavitProcessor takes text and images, neither videos nor audio")
+        split_special_tokens = kwargs.pop("split_special_tokens", self.text_kwargs["split_special_tokens"])
         merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
         # again the class's own: versions of transformers below 5.21.1 do not read them
-        text_kwargs = {**self.text_kwargs, **merged["text_kwargs"]}
+        text_kwargs = {**self.text_kwargs, **merged["text_kwargs"], "split_special_tokens": split_special_tokens}
         images_kwargs = {**self.images_kwargs, **merged["images_kwargs"]}
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             text_kwargs[name] = kwargs.get(name) or text_kwargs.get(name)
-        _check_call(images, text, videos, audio, visual_tokens, mode, text_kwargs)
+        _check_call(images, text, visual_tokens, mode, text_kwargs)
         text = None if text is None else _as_prompts(text)
 
         pixel_values = {}
@@ -170,6 +169,10 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
         return BatchFeature(
             {**self._padded(encoded, prompts, text_kwargs), **pixel_values}, tensor_type=text_kwargs["return_tensors"]
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; where its code lies (`auto_map`) is written by whoever saves it."""
+        return {name: value for name, value in super().to_dict().items() if name != "auto_map"}
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
         """For engines that plan their prompts: each image is a slot of two ids, and one entry of `pixel_values`."""
@@ -319,11 +322,9 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
         return padded
 
 
-def _check_call(images, text, videos, audio, visual_tokens, mode: str, text_kwargs: dict) -> None:
+def _check_call(images, text, visual_tokens, mode: str, text_kwargs: dict) -> None:
     if mode not in GENERATION_MODES:
         raise ValueError(f"generation_mode must be one of {GENERATION_MODES}, got {mode!r}")
-    if videos is not None or audio is not None:
-        raise ValueError("LavitProcessor takes text and images, neither videos nor audio")
     if images is None and text is None and visual_tokens is None:
         raise ValueError("nothing to process: give text, images or visual_tokens")
     if images is not None and visual_tokens is not None:

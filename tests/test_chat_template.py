@@ -12,6 +12,8 @@ from trained_processor import (
 )
 
 from modeling_lavit import LavitProcessor
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.processing.chat_template_lavit import DEFAULT_CHAT_TEMPLATE
 
 
 MODES = ["text", "image", "interleaved"]
@@ -101,3 +103,82 @@ def test_a_prefilled_answer_is_continued(processor):
     chat = [message("user", "what is it?"), message("assistant", "a red")]
     text = processor.apply_chat_template(chat, continue_final_message=True)
     assert text == "Question: what is it? Answer: a red"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "text"),
+    [
+        (["look at", {}, "what is it?"], "Question: look at <image> what is it? Answer:"),
+        (["what is it?", {}], "Question: what is it? <image> Answer:"),
+        ([{}, {}, "which?"], "<image><image>Question: which? Answer:"),
+        ([{}, "a", "b"], "<image>Question: a b Answer:"),
+    ],
+)
+def test_images_stand_where_the_message_has_them(processor, blocks, text):
+    assert processor.apply_chat_template([message("user", *blocks)], add_generation_prompt=True) == text
+
+
+def test_an_image_that_the_model_drew_stands_in_its_answer(processor, image):
+    chat = [message("user", "draw a cat"), message("assistant", {"image": image}), message("user", "is it red?")]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    text = "Question: draw a cat Answer: <image>\nQuestion: is it red? Answer:"
+    assert torch.equal(inputs["input_ids"], processor(images=image, text=text)["input_ids"])
+    assert chat[1]["content"][0]["image"] is image
+
+
+def test_marks_and_control_tokens_typed_in_a_chat_are_text(processor, image):
+    chat = [message("user", {"image": image, "text": None}, "what is <image> or </s>?")]
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    ids = inputs["input_ids"][0]
+    assert not set(ids.tolist()) & set(processor.tokenizer.all_special_ids) - set(processor.image_token_ids)
+    assert processor.decode(ids) == "<image>Question: what is <image> or </s>? Answer:"
+    assert (ids == processor.image_token_id).sum() == 1
+
+
+def test_a_template_of_ones_own_writes_control_tokens_that_users_cannot(processor):
+    template = "{{ bos_token }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+
+    def ids_of_chat(text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
+        return processor.apply_chat_template(chat, template, tokenize=True, return_dict=True)["input_ids"][0].tolist()
+
+    tokenizer = processor.tokenizer
+    ids = ids_of_chat("a cat")
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    with pytest.raises(ValueError, match="a message holds </s> as text"):
+        ids_of_chat("a </s> cat")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_of_the_assistant_covers_its_answers_and_their_ends(processor, image, side):
+    chats = [
+        [
+            message("user", "look at", {"image": image}, "what is it?"),
+            message("assistant", "a red apple"),
+            message("user", "<image> is what?"),
+            message("assistant", "two cats"),
+        ],
+        [message("user", "is it?"), message("assistant", "it is")],
+    ]
+    inputs = processor.apply_chat_template(
+        chats,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs={"padding_side": side, "truncation": True, "max_length": 300},
+    )
+    masked = zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)
+    texts = [processor.decode(ids[mask.bool()]) for ids, mask in masked]
+    assert [text.split("\n") for text in texts] == [["a red apple", " two cats", ""], ["it is", ""]]
+
+
+def test_blocks_of_another_type_and_empty_conversations_are_refused(processor):
+    with pytest.raises(Exception, match="text and images, got a block of type video"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
+    with pytest.raises(ValueError, match="conversation is empty"):
+        processor.apply_chat_template([])
+
+
+def test_the_checkpoint_has_the_default_template():
+    assert (LAVIT_EMOJI / "chat_template.jinja").read_text() == DEFAULT_CHAT_TEMPLATE

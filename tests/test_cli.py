@@ -316,3 +316,36 @@ def assert_one_line(captured, message: str):
     (line,) = [line for line in captured.err.split("\n") if line and "%|" not in line]
     assert line.startswith("lavit") and "error: " in line and message in line
     assert captured.out == ""
+
+
+def lavit(*arguments: str, shell: str = "{}", **options) -> subprocess.CompletedProcess:
+    """The command in a process of its own, within a line of a shell."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(modeling_lavit.__file__).parent.parent)}
+    command = shell.format(shlex.join([sys.executable, str(SCRIPT), *arguments]))
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, **options)
+
+
+def test_a_dash_reads_the_image_from_stdin(checkpoint):
+    want = lavit("caption", PICTURE, "--model", checkpoint).stdout
+    done = lavit("caption", "-", "--model", checkpoint, shell=f"{{}} < {shlex.quote(PICTURE)}")
+    assert done.returncode == 0 and done.stdout == want
+    empty = lavit("caption", "-", shell="{} < /dev/null")
+    assert (empty.returncode, empty.stdout) == (2, "")
+    assert empty.stderr == "lavit: error: stdin has no image: it is empty\n"
+
+
+def test_a_reader_that_has_enough_is_no_error(checkpoint):
+    images = [PICTURE] * 4
+    done = lavit("tokenize", *images, "--model", checkpoint, shell="{} | head -1; echo ${{PIPESTATUS[0]}}")
+    first, code = done.stdout.splitlines()
+    assert first.startswith(PICTURE) and code == "0" and "rror" not in done.stderr
+    full = lavit("tokenize", PICTURE, "--model", checkpoint, shell="{} > /dev/full")
+    assert full.returncode == 2 and full.stderr.splitlines()[-1].startswith("lavit: error: [Errno 28]")
+
+
+def test_file_names_that_begin_with_a_dash_follow_two_dashes(here, checkpoint, capsys):
+    shutil.copy(PICTURE, here / "-cat.png")
+    assert run("caption", "--model", checkpoint, "--", "-cat.png") == 0
+    assert run("ask", "--model", checkpoint, "--", "-cat.png", "what is it?") == 0
+    capsys.readouterr()
+    assert run("caption", "-cat.png", "--model", checkpoint) == 2

@@ -15,7 +15,6 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -33,6 +32,7 @@ from modeling_lavit import (
     LavitProcessor,
     LavitTextToImagePipeline,
 )
+from modeling_lavit.compat_lavit import AutoImageProcessor
 from modeling_lavit.publishing.deploying import deploying_files
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
@@ -46,6 +46,7 @@ import json, sys
 sys.modules["modeling_lavit"] = None
 import numpy, torch, transformers
 from diffusers import DiffusionPipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 source, only_model, save_to = json.loads(sys.argv[1])
 try:
@@ -57,7 +58,8 @@ trust = {"trust_remote_code": True}
 classes = {}
 for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModelForMultimodalLM",
              "AutoImageProcessor", "AutoProcessor"):
-    loaded = getattr(transformers, name).from_pretrained(only_model or source, **trust)
+    auto_class = AutoImageProcessor if name == "AutoImageProcessor" else getattr(transformers, name)
+    loaded = auto_class.from_pretrained(only_model or source, **trust)
     classes[name] = f"{type(loaded).__module__.split('.')[0]}.{type(loaded).__name__}"
 
 seed = lambda: torch.Generator().manual_seed(3)

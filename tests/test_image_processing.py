@@ -160,6 +160,9 @@ def test_saving_and_loading_gives_an_equal_image_processor(tmp_path, photo):
     )
 
 
+@pytest.mark.skipif(
+    getattr(AutoImageProcessor, "is_dummy", False), reason="this version of transformers has it with torchvision only"
+)
 def test_autoimageprocessor_finds_it_beside_a_lavit_config(tmp_path):
     LavitConfig().save_pretrained(tmp_path)
     LavitImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from trained_processor import FIXTURES, ids_of, marks, reference_processor, rows, trained_processor
+from transformers import TextStreamer
 
 from modeling_lavit import LavitProcessor
 
@@ -147,3 +148,59 @@ def test_lemmatisation_is_done_by_spacy_or_refused(processor):
             processor.post_process_answer("cats", lemmatize=True)
     else:
         assert processor.post_process_answer("Cats", lemmatize=True) == ["cat"]
+
+
+def test_images_show_in_decoded_ids_and_are_left_out_with_the_special_tokens(processor):
+    boi, eoi, offset = marks(processor)
+    text = ids_of(processor, "a cat")
+    for ids, shown in (
+        ([offset + 1, offset + 2, eoi], "[IMG:2 codes]"),
+        ([*text, boi, offset, eoi, *text], "a cat[IMG:1 codes]a cat"),
+        ([boi, offset, offset, eoi, boi, offset, eoi], "[IMG:2 codes][IMG:1 codes]"),
+        ([*text, boi], "a cat[IMG]"),
+        ([*text, boi, offset, offset], "a cat[IMG:2..."),
+        ([boi, eoi, *text], "<image>a cat"),
+    ):
+        assert processor.decode(ids) == processor.decode(torch.tensor(ids)) == shown
+        assert processor.batch_decode([ids, text]) == [shown, "a cat"]
+        without = processor.decode(ids, skip_special_tokens=True)
+        assert "IMG" not in without and without.count("a cat") == shown.count("a cat")
+
+
+def test_a_streamer_that_is_given_the_processor_prints_the_marks_of_images(processor, capsys):
+    boi, eoi, offset = marks(processor)
+    streamer = TextStreamer(processor)
+    ids = [*ids_of(processor, "a cat"), boi, *[offset + 3] * 12, eoi, *ids_of(processor, "is red")]
+    for i in ids:
+        streamer.put(torch.tensor([i]))
+    streamer.end()
+    assert capsys.readouterr().out == "a cat[IMG:12 codes]is red\n"
+
+
+def test_a_prompt_is_taken_off_id_by_id_even_if_it_ends_within_a_letter(processor):
+    byte_ids = processor.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "北".encode()])
+    prompt = [*ids_of(processor, "a cat"), *byte_ids[:2]]
+    generated = [[*prompt, byte_ids[2], *ids_of(processor, "a dog"), 2]]
+    for post_process in (processor.post_process_caption, processor.post_process_answer):
+        assert post_process(generated, input_ids=[prompt]) == ["\ufffd a dog"]
+
+
+def test_a_prompt_is_taken_off_wherever_it_is_padded_and_however_its_slots_are_filled(processor):
+    boi, eoi, offset = marks(processor)
+    text, answer, pad = ids_of(processor, "it is"), ids_of(processor, "red"), processor.tokenizer.pad_token_id
+    prompt = [boi, eoi, *text]
+    filled = [boi, offset + 1, offset + 2, eoi, *text]
+    for given in (prompt, [pad, pad, *prompt], [*prompt, pad, pad]):
+        for start in (prompt, filled, [pad, *prompt]):
+            assert processor.post_process_answer([[*start, *answer, pad]], input_ids=[given]) == ["red"]
+
+
+def test_prompts_that_do_not_belong_to_the_ids_are_refused(processor):
+    ids = [ids_of(processor, "a cat")]
+    for generated, prompts, message in (
+        (ids, [ids_of(processor, "two")], "do not start with input_ids"),
+        (ids * 3, ids * 2, "3 generated rows do not belong to 2 prompts"),
+        (["a cat"], ids, "input_ids go with generated ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor.post_process_caption(generated, input_ids=prompts)

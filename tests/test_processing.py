@@ -312,3 +312,71 @@ def test_the_calls_of_the_transformers_pipelines_work(processor, image):
     text_only = processor(images=None, text=["a", "a cat"], return_tensors="pt", padding=True)
     assert "pixel_values" not in text_only
     assert len(processor.post_process_image_text_to_text(batch["input_ids"], skip_special_tokens=True)) == 2
+
+
+@pytest.mark.parametrize("text", ["a </s> b", "say </s>", "<s>hi", "x<unk>y", "<0x0A>"])
+def test_control_tokens_typed_in_a_text_are_text(processor, text):
+    (ids,) = rows(processor(text=text))
+    assert not set(ids) & set(processor.tokenizer.all_special_ids) and processor.decode(ids) == text
+    (ids,) = rows(processor(text="a cat</s>", split_special_tokens=False))
+    assert ids[-1] == processor.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("text", ["a \ud800 b", "\udc80", "a <image> \udfff"])
+def test_half_a_surrogate_pair_is_refused(processor, image, text):
+    with pytest.raises(ValueError, match="prompt 0 is no valid text: it has half of a surrogate pair"):
+        processor(text=text, images=[image] if "<image>" in text else None)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, iter, lambda prompts: {prompt: 0 for prompt in prompts}.keys()])
+def test_prompts_come_in_every_usual_sequence(processor, kind):
+    prompts = ["a red apple", "two blue cats"]
+    assert rows(processor(text=kind(prompts))) == rows(processor(text=prompts))
+
+
+def test_prompts_without_images_may_be_none_in_the_list_of_lists(processor, image):
+    inputs = processor(images=[[image], None], text=["<image>a", "b"])
+    assert torch.equal(inputs["input_ids"], processor(images=[[image], []], text=["<image>a", "b"])["input_ids"])
+
+
+def test_arguments_that_ask_for_nothing_are_taken(processor):
+    nothing = {"truncation": False, "return_length": False, "return_overflowing_tokens": False, "stride": 0}
+    assert rows(processor(text="a cat", **nothing, padding=False)) == rows(processor(text="a cat"))
+    with pytest.raises(ValueError, match="does not support .'return_length'"):
+        processor(text="a cat", return_length=True)
+
+
+def test_truncation_cuts_text_and_never_an_image(processor, image):
+    text = "<image>what is it on the table"
+    (whole,) = rows(processor(images=image, text=text))
+    assert rows(processor(images=image, text=text, truncation=True, max_length=len(whole))) == [whole]
+    assert rows(processor(images=image, text=text, truncation=True, max_length=5)) == [whole[:5]]
+    assert rows(processor(text="a red apple", truncation=True, max_length=3, generation_mode="image")) == [
+        [*ids_of(processor, "a red apple")[:2], processor.boi_token_id]
+    ]
+    for length in (0, 1):
+        with pytest.raises(ValueError, match="more than the context|would cut its images"):
+            processor(images=image, text=text, truncation=bool(length), max_length=length or 1)
+    with pytest.raises(ValueError, match="would cut its images"):
+        processor(images=image, text="what is it <image>", truncation=True, max_length=4)
+
+
+def test_what_engines_and_trainers_ask_of_a_processor(processor, image):
+    assert processor.image_token_id == processor.boi_token_id and processor.model_input_names[0] == "input_ids"
+    inputs = processor(images=[image, image], text="<image>a<image>", return_mm_token_type_ids=True)
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(60, 96), (60, 96)])
+    assert inputs["mm_token_type_ids"].sum() == sum(counted.num_image_tokens) == 4
+    assert sum(counted.num_image_patches) == len(inputs["pixel_values"])
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_offsets_are_those_of_the_prompt_as_given(processor, image, side):
+    prompts = ["look at <image> what is it", "a"]
+    inputs = processor(
+        images=[[image], []], text=prompts, return_offsets_mapping=True, padding_side=side, return_tensors=None
+    )
+    for prompt, ids, spans in zip(prompts, inputs["input_ids"], inputs["offset_mapping"], strict=True):
+        assert len(ids) == len(spans) and [start for start, _ in spans] == sorted(start for start, _ in spans)
+        assert all(0 <= start <= end <= len(prompt) for start, end in spans)
+        assert all(i in processor.image_token_ids for i, (a, b) in zip(ids, spans, strict=True) if "<" in prompt[a:b])

@@ -81,6 +81,7 @@ import platform
 import re
 import secrets
 import shutil
+import string
 import struct
 import sys
 import tempfile
@@ -94,7 +95,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -4448,7 +4450,7 @@ DEFAULT_CHAT_TEMPLATE = """\
         {{- "\\n" if state.asked -}}
         {%- set state.asked = false -%}
         {%- for block in blocks -%}
-            {%- if block.type == "image" or block.text | trim -%}
+            {%- if block.type != "text" or block.text | trim -%}
                 {{- "Question:" if block.type == "text" and not state.asked -}}
                 {%- set state.asked = state.asked or block.type == "text" -%}
                 {{- " " if state.asked -}}
@@ -4463,7 +4465,7 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 
-class LavitChatMixin:
+class LavitChatMixin(ProcessorMixin):
     """Needs `tokenizer`, `chat_template`, `image_token` and `generation_mode`."""
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs):
@@ -4483,7 +4485,13 @@ class LavitChatMixin:
         if len(conversation) == 0:
             raise ValueError("the conversation is empty")
         processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
-        names = {"generation_mode", "reference_compat", "max_image_pixels", *TextKwargs.__annotations__}
+        names = {
+            "generation_mode",
+            "reference_compat",
+            "max_image_pixels",
+            "split_special_tokens",
+            *TextKwargs.__annotations__,
+        }
         for name in (names | set(ImagesKwargs.__annotations__)) & set(kwargs) - {"return_tensors"}:
             processor_kwargs[name] = kwargs.pop(name)
         processor_kwargs.pop("sanitize_control_tokens", None)  # always done
@@ -4759,18 +4767,21 @@ def _fetch(url: str, max_bytes: int, timeout: float, total_timeout: float) -> by
 
 
 def _fetch_until(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
+    # what a URL may not hold as it is (spaces, letters beyond ASCII) is percent-encoded
+    request = Request(quote(url, safe=string.punctuation), headers={"User-Agent": "lavit"})
     content = bytearray()
-    with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as response:
-        response.raise_for_status()
+    with urlopen(request, timeout=timeout) as response:
         content_type = response.headers.get("content-type", "").split(";")[0].strip().lower()
         if content_type and not content_type.startswith("image/") and not content_type.endswith("octet-stream"):
             raise ValueError(f"its content type is {content_type}, not that of an image")
-        for piece in response.iter_bytes():
+        while piece := response.read1(2**16):
             content += piece
             if len(content) > max_bytes:
                 raise ValueError(f"it has more than {max_bytes} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError("it does not end in time")
+        if response.length:
+            raise ValueError(f"it ends {response.length} bytes too early")
     return bytes(content)
 
 
@@ -4904,6 +4915,10 @@ class LavitImageProcessor(SavedWithCodeMixin, PilBackend):
     do_normalize = True
     max_image_pixels = MAX_IMAGE_PIXELS
     reference_compat = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; where its code lies (`auto_map`) is written by whoever saves it."""
+        return {name: value for name, value in super().to_dict().items() if name != "auto_map"}
 
     def fetch_images(
         self, images: Any, max_image_pixels: int | None = None, reference_compat: bool | None = None
@@ -5057,7 +5072,7 @@ ABBREVIATION = re.compile(
 )
 
 
-class LavitPostProcessingMixin:
+class LavitPostProcessingMixin(ProcessorMixin):
     """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id` and `visual_offset`."""
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
@@ -5319,7 +5334,7 @@ class LavitProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: LavitImageProcessorKwargs
 
 
-class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixin, ProcessorMixin):
+class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixin, ProcessorMixin):
     """One processor for reading and drawing.
 
     ```python
@@ -5383,11 +5398,7 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        videos: None = None,
-        audio: None = None,
         visual_tokens: Any = None,
-        generation_mode: str | None = None,
-        reference_compat: bool | None = None,
         **kwargs: Unpack[LavitProcessorKwargs],
     ) -> BatchFeature:
         """Builds the inputs of `forward` and `generate`.
@@ -5418,15 +5429,18 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
             ValueError: marks and images disagree, a prompt is empty or longer than the context, codes out of range,
                 images that cannot be read, unknown mode, arguments that are not supported.
         """
-        mode = generation_mode or self.generation_mode
-        reference_compat = self.reference_compat if reference_compat is None else reference_compat
+        mode = kwargs.pop("generation_mode", None) or self.generation_mode
+        reference_compat = kwargs.pop("reference_compat", None) or self.reference_compat
+        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
+            raise ValueError("LavitProcessor takes text and images, neither videos nor audio")
+        split_special_tokens = kwargs.pop("split_special_tokens", self.text_kwargs["split_special_tokens"])
         merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
         # again the class's own: versions of transformers below 5.21.1 do not read them
-        text_kwargs = {**self.text_kwargs, **merged["text_kwargs"]}
+        text_kwargs = {**self.text_kwargs, **merged["text_kwargs"], "split_special_tokens": split_special_tokens}
         images_kwargs = {**self.images_kwargs, **merged["images_kwargs"]}
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
             text_kwargs[name] = kwargs.get(name) or text_kwargs.get(name)
-        _check_call(images, text, videos, audio, visual_tokens, mode, text_kwargs)
+        _check_call(images, text, visual_tokens, mode, text_kwargs)
         text = None if text is None else _as_prompts(text)
 
         pixel_values = {}
@@ -5454,6 +5468,10 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
         return BatchFeature(
             {**self._padded(encoded, prompts, text_kwargs), **pixel_values}, tensor_type=text_kwargs["return_tensors"]
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved; where its code lies (`auto_map`) is written by whoever saves it."""
+        return {name: value for name, value in super().to_dict().items() if name != "auto_map"}
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
         """For engines that plan their prompts: each image is a slot of two ids, and one entry of `pixel_values`."""
@@ -5603,11 +5621,9 @@ class LavitProcessor(SavedWithCodeMixin, LavitChatMixin, LavitPostProcessingMixi
         return padded
 
 
-def _check_call(images, text, videos, audio, visual_tokens, mode: str, text_kwargs: dict) -> None:
+def _check_call(images, text, visual_tokens, mode: str, text_kwargs: dict) -> None:
     if mode not in GENERATION_MODES:
         raise ValueError(f"generation_mode must be one of {GENERATION_MODES}, got {mode!r}")
-    if videos is not None or audio is not None:
-        raise ValueError("LavitProcessor takes text and images, neither videos nor audio")
     if images is None and text is None and visual_tokens is None:
         raise ValueError("nothing to process: give text, images or visual_tokens")
     if images is not None and visual_tokens is not None:

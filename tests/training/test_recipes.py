@@ -76,6 +76,7 @@ def test_the_embedded_checkpoint_has_a_name(file):
         (["model.hidden_size=abc"], "model.hidden_size: expected a valid integer, got 'abc'"),
         (["model.hiden_size=3"], "model.hiden_size: unknown key; did you mean hidden_size"),
         (["modle.hidden_size=3"], "modle: unknown key; did you mean model"),
+        (["mixup.number=3"], "mixup: unknown key; known are stage, data"),
         (["data.validation=2.5"], "data.validation: a share must lie between 0 and 1"),
         (["data.data_files=3"], "data.data_files: expected a valid string or a valid list, got 3"),
         (["early_stopping_patience=3"], "early_stopping_patience needs data.validation"),

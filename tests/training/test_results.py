@@ -113,8 +113,9 @@ def test_a_pixel_decoder_of_other_codes_is_refused(parts, tmp_path):
 
 
 def test_a_stage_that_is_missing_is_named(parts, tmp_path, capsys):
-    stage_three = ["train", "paper_pixel_decoder", rows(parts), f"start={parts / 'diffusion_lowres'}"]
+    nowhere = "training_arguments.report_to=none"
+    stage_three = ["train", "paper_pixel_decoder", nowhere, rows(parts), f"start={parts / 'diffusion_lowres'}"]
     assert lavit([*stage_three, f"tokenizer={tmp_path / 'nothing'}"]) == 2
     assert "nothing" in capsys.readouterr().err
-    assert lavit(["train", "finetune", "data.path=x", "start=no_such_checkpoint"]) == 2
+    assert lavit(["train", "finetune", nowhere, "data.path=x", "start=no_such_checkpoint"]) == 2
     assert "no_such_checkpoint" in capsys.readouterr().err
