@@ -153,6 +153,8 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
     """
 
     model_type = "lavit"
+    # what tools ask composite models for
+    attribute_map = {"vision_config": "visual_config"}
     sub_configs = {"text_config": AutoConfig, "visual_config": LavitVisualTokenizerConfig}
 
     text_config: dict | PreTrainedConfig | None = None
@@ -188,6 +190,10 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
     def vocab_size(self) -> int:
         """Number of ids, padding of the matrices included: the language model's."""
         return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
 
     @property
     def image_token_id(self) -> int:

@@ -178,6 +178,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             call |= {name: value for name, value in given.items() if value is not None}
             prompts = len(call["inputs_embeds"])
         else:
+            if prompt.input_ids is None:
+                prompt.input_ids = self._begin_text(config)
             filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
             prompts = len(filled.caller_ids)
             self._hand_over(filled, config, call, drawn)
@@ -202,6 +204,10 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     ) -> None:
         """Gives a filled prompt to `GenerationMixin.generate`, and everyone who counts ids the caller's."""
         self._check_context(filled.longest, 1)
+        if call.get("position_ids") is not None and not filled.is_as_given:
+            raise ValueError(
+                "images lengthen the prompts: position_ids of the prompts as they are given do not fit. Leave them out"
+            )
         call |= {
             "input_ids": filled.input_ids,
             "attention_mask": filled.attention_mask,
@@ -221,6 +227,13 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         if config.min_length:
             config.min_length += filled.added
         filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
+
+    def _begin_text(self, config: GenerationConfig) -> torch.LongTensor:
+        """The prompt of a call without one, as in transformers: the id that begins texts."""
+        bos_token_id = self._chosen(config, "bos_token_id")
+        if bos_token_id is None:
+            raise ValueError("generate needs input_ids, or a bos_token_id to begin with")
+        return torch.tensor([[bos_token_id]], device=self.device)
 
     def _generate_each(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]

@@ -263,7 +263,10 @@ class LavitModel(LavitPreTrainedModel):
         if speaks is not None:
             outputs.last_hidden_state = take_rows(outputs.last_hidden_state, speaks)
             if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(take_rows(hidden, speaks) for hidden in outputs.hidden_states)
+                # layers that were not asked for are None
+                outputs.hidden_states = tuple(
+                    None if hidden is None else take_rows(hidden, speaks) for hidden in outputs.hidden_states
+                )
         if positions is not None and (cache := outputs.get(CACHE_NAME)) is not None:
             cache.lavit_positions = positions
         return outputs

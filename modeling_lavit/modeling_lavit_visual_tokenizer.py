@@ -170,7 +170,17 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["LavitLayer", "Blip2EncoderLayer"]
-    _keep_in_fp32_modules_strict = ["codebook", "layer_norm", "context_norm", "merger.norm", "selector.norm"]
+    _keep_in_fp32_modules_strict = [
+        "codebook",
+        "context_norm",
+        "cross_attn_layer_norm",
+        "layer_norm1",
+        "layer_norm2",
+        "merger.norm",
+        "mlp_layer_norm",
+        "selector.norm",
+        "self_attn_layer_norm",
+    ]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True

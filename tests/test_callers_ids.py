@@ -297,6 +297,25 @@ def test_ids_and_masks_that_cannot_be_are_an_error(model):
         model(torch.tensor([[BOI, EOI]]), pixel_values=torch.full((1, 3, 16, 16), float("nan")))
 
 
+def test_positions_of_unfilled_prompts_are_an_error(model):
+    ids = torch.tensor([[1, BOI, EOI]])
+    for mode in ("text", "image"):
+        with pytest.raises(ValueError, match="position_ids"):
+            positions = torch.arange(3)[None]
+            model.generate(ids, pixel_values=tiny_images(1), position_ids=positions, generation_mode=mode)
+
+
+def test_a_call_without_a_prompt_begins_with_the_id_that_begins_texts(model):
+    out = model.generate(max_new_tokens=4, eos_token_id=None)
+    assert torch.equal(out, model.generate(torch.tensor([[1]]), max_new_tokens=4, eos_token_id=None))
+
+
+def test_layers_that_were_not_asked_for_are_none(model):
+    ids = torch.tensor([[1, BOI, EOI, 30]])
+    every = model(ids, pixel_values=tiny_images(1), output_hidden_states=True).hidden_states
+    assert all(layer.shape == (1, 4, 32) for layer in every)
+
+
 def test_the_visual_tokenizer_stays_in_eval_mode_whatever_train_says():
     model = tiny_model()
     for whole_model in (model, torch.nn.Sequential(model)):

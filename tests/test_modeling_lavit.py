@@ -378,6 +378,8 @@ def test_the_config_names_the_ids_that_trainers_and_engines_ask_for(tmp_path):
     config = tiny_config()
     assert (config.vocab_size, config.image_token_id, config.eos_token_id) == (END, BOI, 2)
     config.pad_token_id = 2
+    config.vocab_size = END + 2
+    assert config.text_config.vocab_size == END + 2 and config.vision_config is config.visual_config
     config.save_pretrained(tmp_path)
     assert type(config).from_pretrained(tmp_path).pad_token_id == 2
 

@@ -911,6 +911,8 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
     """
 
     model_type = "lavit"
+    # what tools ask composite models for
+    attribute_map = {"vision_config": "visual_config"}
     sub_configs = {"text_config": AutoConfig, "visual_config": LavitVisualTokenizerConfig}
 
     text_config: dict | PreTrainedConfig | None = None
@@ -946,6 +948,10 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
     def vocab_size(self) -> int:
         """Number of ids, padding of the matrices included: the language model's."""
         return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
 
     @property
     def image_token_id(self) -> int:
@@ -2572,6 +2578,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             call |= {name: value for name, value in given.items() if value is not None}
             prompts = len(call["inputs_embeds"])
         else:
+            if prompt.input_ids is None:
+                prompt.input_ids = self._begin_text(config)
             filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
             prompts = len(filled.caller_ids)
             self._hand_over(filled, config, call, drawn)
@@ -2596,6 +2604,10 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     ) -> None:
         """Gives a filled prompt to `GenerationMixin.generate`, and everyone who counts ids the caller's."""
         self._check_context(filled.longest, 1)
+        if call.get("position_ids") is not None and not filled.is_as_given:
+            raise ValueError(
+                "images lengthen the prompts: position_ids of the prompts as they are given do not fit. Leave them out"
+            )
         call |= {
             "input_ids": filled.input_ids,
             "attention_mask": filled.attention_mask,
@@ -2615,6 +2627,13 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         if config.min_length:
             config.min_length += filled.added
         filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
+
+    def _begin_text(self, config: GenerationConfig) -> torch.LongTensor:
+        """The prompt of a call without one, as in transformers: the id that begins texts."""
+        bos_token_id = self._chosen(config, "bos_token_id")
+        if bos_token_id is None:
+            raise ValueError("generate needs input_ids, or a bos_token_id to begin with")
+        return torch.tensor([[bos_token_id]], device=self.device)
 
     def _generate_each(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
@@ -3398,7 +3417,17 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["LavitLayer", "Blip2EncoderLayer"]
-    _keep_in_fp32_modules_strict = ["codebook", "layer_norm", "context_norm", "merger.norm", "selector.norm"]
+    _keep_in_fp32_modules_strict = [
+        "codebook",
+        "context_norm",
+        "cross_attn_layer_norm",
+        "layer_norm1",
+        "layer_norm2",
+        "merger.norm",
+        "mlp_layer_norm",
+        "selector.norm",
+        "self_attn_layer_norm",
+    ]
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -4032,7 +4061,10 @@ class LavitModel(LavitPreTrainedModel):
         if speaks is not None:
             outputs.last_hidden_state = take_rows(outputs.last_hidden_state, speaks)
             if outputs.hidden_states is not None:
-                outputs.hidden_states = tuple(take_rows(hidden, speaks) for hidden in outputs.hidden_states)
+                # layers that were not asked for are None
+                outputs.hidden_states = tuple(
+                    None if hidden is None else take_rows(hidden, speaks) for hidden in outputs.hidden_states
+                )
         if positions is not None and (cache := outputs.get(CACHE_NAME)) is not None:
             cache.lavit_positions = positions
         return outputs
