@@ -62,7 +62,7 @@ setup(
         "numpy",
     ],
     extras_require={
-        "train": ["datasets>=4.7", "matplotlib", "peft", "resvg_py", "pyyaml"],
+        "train": ["datasets>=4.7", "matplotlib", "peft", "pyyaml", "resvg_py", "tensorboard"],
         "evaluate": ["datasets>=4.7", "matplotlib", "pyyaml", "torchmetrics"],
         "app": ["gradio"],
         "serve": ["aiohttp", "fastapi", "prometheus_client", "python-multipart", "ray[serve]", "uvicorn"],
