@@ -9,10 +9,10 @@ import torch
 import torch.nn as nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_lavit import LavitDetokenizerConfig
-from .layers_lavit import LavitLayer, eager_attention_forward
+from .layers_lavit import LavitLayer, eager_attention_forward, requested
 from .loading_lavit import StrictLoadingMixin
 from .saving_lavit import SavedWithCodeMixin
 
@@ -30,12 +30,14 @@ class LavitDetokenizerOutput(ModelOutput):
         pooled_prompt_embeds: (B, `pooled_embed_dim`), highres only.
         attention_mask: (B, N) bool, lowres only: which conditions count.
         last_hidden_state: (B, N, O), reconstructed encoder features.
+        hidden_states: the queries (B, N, C) before the first layer and after each one, where they were asked for.
     """
 
     prompt_embeds: torch.FloatTensor | None = None
     pooled_prompt_embeds: torch.FloatTensor | None = None
     attention_mask: torch.BoolTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor | None, ...] | None = None
 
 
 class LavitAttentionPool(nn.Module):
@@ -134,15 +136,24 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
         vectors[mask] = found
         return vectors, mask
 
-    def decode(self, vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Padded code vectors (B, n, D) and mask (B, n) to reconstructed features (B, N, O)."""
+    def decode(
+        self, vectors: torch.Tensor, mask: torch.Tensor, hidden_states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Padded code vectors (B, n, D) and mask (B, n) to reconstructed features (B, N, O).
+
+        `hidden_states` gets the queries (B, N, C) before the first layer and after each one.
+        """
         hidden = self.in_proj(vectors.to(self.in_proj.weight.dtype)) * mask[..., None]
         context = hidden + self.position_embedding[:, : hidden.shape[1]]
         attention_mask = (~mask)[:, None, None].to(hidden.dtype) * PADDING_LOGIT
         queries = self.query_embedding.expand(len(hidden), -1, -1)
         attention_mask = attention_mask.expand(-1, -1, queries.shape[1], -1)
+        if hidden_states is not None:
+            hidden_states.append(queries)
         for layer in self.layers:
             queries = layer(queries, context, cross_attention_mask=attention_mask)
+            if hidden_states is not None:
+                hidden_states.append(queries)
         return self.fc2(torch.tanh(self.fc1(self.norm(queries))))
 
     def conditions(self, features: torch.Tensor) -> LavitDetokenizerOutput:
@@ -153,11 +164,19 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
         mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
         return LavitDetokenizerOutput(prompt_embeds, attention_mask=mask, last_hidden_state=features)
 
-    def forward(self, codes: torch.LongTensor, lengths: torch.LongTensor) -> LavitDetokenizerOutput:
+    @can_return_tuple
+    def forward(
+        self,
+        codes: torch.LongTensor,
+        lengths: torch.LongTensor,
+        output_hidden_states: bool | list[int] | None = None,
+    ) -> LavitDetokenizerOutput:
         """
         Args:
             codes: (sum of lengths,) in 0 … K-1, image after image.
             lengths: (B,), 1 … `num_queries` each.
+            output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
+                config says.
 
         Raises:
             ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or
@@ -165,7 +184,13 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
         """
         if lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1:
             raise ValueError(f"lengths must be one an image, each from 1 on, got {lengths.tolist()}")
-        return self.conditions(self.decode(*self.pad(codes, lengths)))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: list[torch.Tensor] | None = [] if output_hidden_states else None
+        output = self.conditions(self.decode(*self.pad(codes, lengths), hidden_states=states))
+        if states is not None:
+            output.hidden_states = requested(tuple(states), output_hidden_states)
+        return output
 
     def unconditional(self, batch_size: int, device: torch.device | None = None) -> LavitDetokenizerOutput:
         """The conditions of the unconditional stream: zeros, or (lowres) the learnt rows, zero-padded and masked.

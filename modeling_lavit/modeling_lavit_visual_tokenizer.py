@@ -13,7 +13,7 @@ from transformers.utils import can_return_tuple
 from .configuration_lavit import SELECTIONS, LavitVisualTokenizerConfig
 from .encoder_lavit import build_encoder
 from .keeping_lavit import keep_best, keep_for_quality
-from .layers_lavit import LavitLayer, mixed_precision, take_rows
+from .layers_lavit import LavitLayer, mixed_precision, requested, take_rows
 from .loading_lavit import StrictLoadingMixin
 from .saving_lavit import SavedWithCodeMixin
 from .visual_tokens_lavit import LavitVisualFeatures, LavitVisualTokens
@@ -300,7 +300,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         self,
         pixel_values: torch.Tensor,
         merger: LavitTokenMerger | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **selection_kwargs,
     ) -> LavitVisualFeatures:
@@ -309,8 +309,8 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             pixel_values: (B, 3, S, S), normalised.
             merger: another merger than the tokenizer's own (the language model's, for reading).
-            output_hidden_states, output_attentions: also return those of the encoder's layers; by default as the
-                config says.
+            output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
+                those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
         """
         recorded = {
@@ -322,7 +322,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             self._check_pixels(pixel_values)
             encoder = self.encoder(pixel_values.to(self.encoder.dtype), **recorded | {"output_hidden_states": True})
             features = encoder.hidden_states[-1][:, 1:]
-            hidden_states = encoder.hidden_states if recorded["output_hidden_states"] else None
+            hidden_states = requested(encoder.hidden_states, recorded["output_hidden_states"])
             attentions = encoder.attentions
         else:
             features = self.encode_patches(pixel_values)
@@ -338,8 +338,8 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             attentions=attentions,
         )
 
-    def _asked_for(self, name: str, given: bool | None) -> bool:
-        return bool(getattr(self.config, name, False) if given is None else given)
+    def _asked_for(self, name: str, given: bool | list[int] | None) -> bool | list[int]:
+        return (getattr(self.config, name, False) if given is None else given) or False
 
     def tokenize(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:
         """Discrete codes of the kept patches.

@@ -177,3 +177,5 @@ class LavitDetokenizerTest(ConfigTestMixin, ModelTesterMixin, unittest.TestCase)
     config_class = LavitDetokenizerConfig
     model_tester_class = LavitDetokenizerTester
     test_resize_embeddings = False
+    # its layers' attentions are of images' codes in a pack, and no part of the output
+    has_attentions = False
