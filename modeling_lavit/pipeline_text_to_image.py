@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Pipeline
@@ -41,6 +40,9 @@ class LavitTextToImagePipeline(Pipeline):
                 "text-to-image needs the folder or repository of the other components: pass it as `model`, "
                 "or use LavitPipeline with components"
             )
+        # takes seconds: whoever only reads images does without
+        from diffusers import DiffusionPipeline
+
         self.decoder = DiffusionPipeline.from_pretrained(
             source,
             model=self.model,
