@@ -133,7 +133,7 @@ def name_file(index: Path, name):
 
 
 def compress(path: Path):
-    """Zips a .bin file anew, as a user's archive tool would."""
+    """Zips a .bin file again, as a user's archive tool would."""
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: archive.read(member) for member in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
