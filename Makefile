@@ -12,7 +12,7 @@ JOBS := 2
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
-	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
+	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/command_line for some"
 	@echo "make test-versions  the main job with the oldest and the newest libraries, each installed in a folder of its own"
 	@echo "make test-serve   a server on Ray under load, with a replica that is killed; make test-app  the app in a browser"
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"

@@ -35,7 +35,7 @@ from modeling_lavit.conversion.text_tokenizer import (
 )
 
 
-CHECKPOINT = Path(__file__).parent / "fixtures" / "e2e" / "checkpoint"
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "e2e" / "checkpoint"
 
 
 def on_meta(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:

@@ -29,7 +29,7 @@ from modeling_lavit.show_lavit import show_kept_patches
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
 
-IMAGE = str(Path(__file__).parent / "fixtures/emoji/images/noto/cat-face.png")
+IMAGE = str(Path(__file__).parents[1] / "fixtures/emoji/images/noto/cat-face.png")
 SCRIPT = Path(modeling_lavit.__file__).parent / "bin" / "lavit"
 
 

@@ -14,7 +14,7 @@ from modeling_lavit import LavitPipeline
 from modeling_lavit.conversion.__main__ import main
 
 
-E2E = Path(__file__).parent / "fixtures" / "e2e"
+E2E = Path(__file__).parents[1] / "fixtures" / "e2e"
 EXPECTED = json.loads((E2E / "expected.json").read_text())
 CASES = {case["id"]: case for case in EXPECTED["cases"]}
 BOI, FIRST_CODE, PAD = (EXPECTED["ids"][name] for name in ("img", "first_code", "pad"))

@@ -29,7 +29,7 @@ from modeling_lavit.processing import load_image
 from modeling_lavit.show_lavit import show_kept_patches
 
 
-IMAGES = Path(__file__).parent / "fixtures" / "emoji" / "images"
+IMAGES = Path(__file__).parents[1] / "fixtures" / "emoji" / "images"
 IMAGE = IMAGES / "noto" / "cat-face.png"
 RED = tuple(bytes.fromhex(FRAME[1:]))
 CONFIG = LavitConfig.from_pretrained(LAVIT_EMOJI).visual_config
