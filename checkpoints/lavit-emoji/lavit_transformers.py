@@ -139,6 +139,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.processing_utils import (
     ImagesKwargs,
@@ -1869,7 +1873,7 @@ def check_slots(slots: list[list[int]], num_images: int) -> None:
     if num_slots != num_images:
         raise ValueError(
             f"the prompts have {num_slots} image slots ([IMG][/IMG], written <image>), "
-            f"but pixel_values has {num_images} images"
+            f"but pixel_values has {num_images} images: every image has one slot, which no truncation may cut"
         )
 
 
@@ -4276,6 +4280,11 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         return logits.masked_fill((ids < start) | (ids >= stop), float("-inf"))
 
 
+# By these names Trainer knows that it has to shift the labels that it smooths, and `transformers serve` what goes in.
+for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names[LavitConfig.model_type] = LavitForConditionalGeneration.__name__
+
+
 def _starts_a_sequence(input_ids: torch.Tensor | None, past: dict) -> bool:
     return (
         input_ids is not None and all(cache is None for cache in past.values()) and not torch.compiler.is_compiling()
@@ -4556,6 +4565,9 @@ class LavitChatMixin(ProcessorMixin):
         where the message has them. With `generation_mode="image"` (a keyword, or an entry of `processor_kwargs`) the
         prompt is the messages' own text and images, and ends with `[IMG]`.
 
+        A batch of conversations is neither padded nor made a tensor unless `padding` or `return_tensors` asks for it,
+        as in transformers: trainers pad it themselves, with a mask.
+
         With `tokenize=True` the text of messages is text: neither control tokens of the tokenizer nor `<image>` typed
         in it mean anything, unless the images are given apart, in `processor_kwargs`. A template of one's own may
         write control tokens; then messages that hold one as text are refused.
@@ -4577,6 +4589,10 @@ class LavitChatMixin(ProcessorMixin):
             processor_kwargs[name] = kwargs.pop(name)
         processor_kwargs.pop("sanitize_control_tokens", None)  # always done
         processor_kwargs.setdefault("generation_mode", self.generation_mode)
+
+        is_batch = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
+        if is_batch and not {"padding", "return_tensors"} & {*kwargs, *processor_kwargs}:
+            processor_kwargs |= {"padding": False, "return_tensors": None}
 
         template = self.chat_template if chat_template is None else chat_template
         if isinstance(self.chat_template, dict):

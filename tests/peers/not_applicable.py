@@ -34,8 +34,8 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
         "peer_models.py::LavitModelTest::test_generate_with_and_without_position_ids": GROWS,
         "peer_models.py::LavitModelTest::test_assisted_decoding*": "assisted generation with images is refused with a "
         "message; LavitTextModelTest runs it",
-        "peer_pipelines.py::test_pipeline?AnyToAnyPipelineTests*": "the task needs torchvision, which is not installed "
-        "with this package; tests/test_pipeline_tasks.py runs it",
+        "peer_pipelines.py::test_pipeline?AnyToAnyPipelineTests*": "the task needs torchvision, which does not come "
+        "with this package; test_pipeline_tasks.py runs it",
         "peer_models.py::*::test_resize_tokens_embeddings": "drops ids: codes are the last ones, and a model without "
         "them could not draw; resizing says so",
         "peer_models.py::LavitModelTest::test_left_padding_compatibility": GROWS,
