@@ -1112,7 +1112,9 @@ class LavitPixelsMixin:
             if mask is not None
             else uncond.pooled_prompt_embeds,
         }
-        return {name: value.to(device, self.unet.dtype) for name, value in conditions.items()}, mask
+        # diffusers finds a model's dtype by a walk through its modules
+        dtype = self.unet.dtype
+        return {name: value.to(device, dtype) for name, value in conditions.items()}, mask
 
     def latents_shape(self, batch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(images, channels, height, width) of the latents of images of `height` and `width` pixels."""
