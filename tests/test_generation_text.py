@@ -172,20 +172,23 @@ def test_a_long_prompt_is_computed_once_for_all_its_rows(model, settings):
     rows = [[1, BOI, EOI, *range(3, 33)], [BOI, EOI, *range(3, 38)]]
     read = {**left_padded(rows), "pixel_values": tiny_images(2), "max_new_tokens": 6, **settings}
     computed, images = [], []
-    language_model, encoder = model.model.language_model, model.model.visual_tokenizer.encoder.encoder
-    hooks = [
-        language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: computed.append(tuple(kwargs["attention_mask"].shape)), with_kwargs=True
-        ),
-        encoder.register_forward_pre_hook(
-            lambda module, args, kwargs: images.append(len(kwargs["inputs_embeds"])), with_kwargs=True
-        ),
-    ]
-    shared = model.generate(**read, generator=seeded(0))
-    for hook in hooks:
-        hook.remove()
-    (first, length), (second, longer) = computed[:2]
-    assert (first, longer) == (2, length + 1) and second > 2
+
+    def count_rows(module, args, kwargs):
+        given = kwargs["input_ids"] if kwargs["inputs_embeds"] is None else kwargs["inputs_embeds"]
+        computed.append(tuple(given.shape[:2]))
+
+    def count_images(module, args, kwargs):
+        images.append(len(kwargs["inputs_embeds"]))
+
+    parts = {model.model.language_model: count_rows, model.model.visual_tokenizer.encoder.encoder: count_images}
+    hooks = [part.register_forward_pre_hook(count, with_kwargs=True) for part, count in parts.items()]
+    try:
+        shared = model.generate(**read, generator=seeded(0))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (prompts, positions), (rows_that_go_on, step) = computed[:2]
+    assert (prompts, step) == (2, 1) and positions > 32 and rows_that_go_on > 2
     assert images == [2]
     # what is returned of every position is computed for every row
     apart = model.generate(**read, generator=seeded(0), return_dict_in_generate=True)
