@@ -13,6 +13,7 @@ from . import compat_lavit as _  # noqa: E402, F401  # isort: skip  (first: it c
 from transformers import AutoModelForMultimodalLM  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
+from .blocks_lavit import LavitBlocks  # noqa: E402
 from .configuration_lavit import (  # noqa: E402
     LavitConfig,
     LavitDetokenizerConfig,
@@ -41,16 +42,18 @@ register_classes(
     image_processor=LavitImageProcessor,
     processor=LavitProcessor,
     pipeline=LavitPipeline,
+    blocks=LavitBlocks,
     unet=LavitUNet2DConditionModel,
     vae=LavitPatchAutoencoder,
 )
-load_without_flag(LavitPipeline)
+load_without_flag(LavitPipeline, LavitBlocks)
 use_package()
 PIPELINE_REGISTRY.register_pipeline(
     "text-to-image", pipeline_class=LavitTextToImagePipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
 )
 
 __all__ = [
+    "LavitBlocks",
     "LavitConfig",
     "LavitDetokenizer",
     "LavitDetokenizerConfig",

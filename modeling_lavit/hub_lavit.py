@@ -37,6 +37,8 @@ from .saving_lavit import DIFFUSERS_CODE, GENERATION_AUTO_CLASSES, TRANSFORMERS_
 
 
 INDEX = "model_index.json"
+# of diffusers' modular pipelines: the file that names their blocks' class, and that class
+BLOCKS_CONFIG, BLOCKS_CLASS = "modular_config.json", "LavitBlocks"
 # components that live in the folder itself, not in a folder of their own, and their files there
 AT_ROOT = {
     "processor": ("processor_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json"),
@@ -46,7 +48,7 @@ DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision
 
 
 def register_classes(
-    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, unet, vae
+    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, blocks, unet, vae
 ):
     """Makes classes known to the Auto classes and to diffusers."""
     for model_class in (model, visual_tokenizer, detokenizer):
@@ -61,14 +63,15 @@ def register_classes(
     # diffusers looks the components' classes up in the two libraries
     for library, classes in (
         (transformers, (generation_model, detokenizer, processor)),
-        (diffusers, (pipeline, unet, vae)),
+        (diffusers, (pipeline, blocks, unet, vae)),
     ):
         for known in classes:
             setattr(library, known.__name__, known)
 
 
-def load_without_flag(pipeline):
-    """Lets diffusers' `from_pretrained(folder)` use `pipeline`, which is imported, not the folder's copy.
+def load_without_flag(pipeline, blocks):
+    """Lets diffusers' `from_pretrained(folder)` use `pipeline`, or `blocks` for a modular one, which are imported, not
+    the folder's copy.
 
     transformers' Auto classes have this rule (a registered class wins over a repository's code); diffusers has no
     registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
@@ -96,8 +99,20 @@ def load_without_flag(pipeline):
         config = load_config(cls, *args, **kwargs)
         return {**config, "_class_name": named[1]} if config.get("_class_name") == named else config
 
+    base_blocks = diffusers.ModularPipelineBlocks
+    load_blocks = base_blocks.from_pretrained.__func__
+
+    def blocks_from_pretrained(cls, source, **kwargs):
+        if cls is base_blocks:
+            where = {name: kwargs[name] for name in (*DOWNLOAD_OPTIONS, "subfolder") if name in kwargs}
+            named_blocks = cls.load_config(source, **where).get("auto_map", {})
+            if named_blocks.get(cls.__name__) == f"{DIFFUSERS_CODE}.{blocks.__name__}":
+                return blocks()
+        return load_blocks(cls, source, **kwargs)
+
     base.from_pretrained = classmethod(from_pretrained)
     auto.load_config = classmethod(load_plain_config)
+    base_blocks.from_pretrained = classmethod(blocks_from_pretrained)
 
 
 def read_index(source: str | os.PathLike, **where) -> dict:

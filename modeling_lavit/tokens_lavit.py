@@ -109,6 +109,39 @@ class LavitTokensMixin:
         return LavitVisualTokens(codes=vocabulary.codes_of(ids[is_code]), lengths=lengths)
 
     @torch.no_grad()
+    def tokenize(
+        self,
+        image: Part | list[Part],
+        selection: str | None = None,
+        keep_ratio: float | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
+        reference_compat: bool = False,
+    ) -> LavitVisualTokens:
+        """Images to visual tokens.
+
+        Args:
+            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
+            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
+                see [`LavitVisualTokenizer.select`].
+            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
+        """
+        if isinstance(image, list | tuple) and not image:
+            raise ValueError("image is an empty list: give one image or more")
+        check_components(self, "an image to tokenize", "processor", "model")
+        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
+        pixel_values = prepared.pixel_values.to(self._execution_device)
+        with self._calls.begin(one_at_a_time=self._takes_turns, join=True):
+            return _tokenize_images(
+                self.model,
+                pixel_values,
+                selection=selection,
+                keep_ratio=keep_ratio,
+                keep=keep,
+                target_quality=target_quality,
+                detokenizer=self.detokenizer,
+            )
+
     def reconstruct(
         self,
         image: Part | list[Part],
@@ -122,27 +155,11 @@ class LavitTokensMixin:
         """Images to visual tokens and back: what the tokens keep.
 
         Args:
-            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
-                see [`LavitVisualTokenizer.select`].
-            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
+            image, selection, keep_ratio, keep, target_quality, reference_compat: of [`tokenize`].
             decode_kwargs: of a call with `visual_tokens`, whose result is returned.
         """
-        if isinstance(image, list | tuple) and not image:
-            raise ValueError("image is an empty list: give one image or more")
-        check_components(self, "an image to reconstruct", "processor", "model")
-        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
-        pixel_values = prepared.pixel_values.to(self._execution_device)
         with self._calls.begin(one_at_a_time=self._takes_turns):
-            visual_tokens = _tokenize_images(
-                self.model,
-                pixel_values,
-                selection=selection,
-                keep_ratio=keep_ratio,
-                keep=keep,
-                target_quality=target_quality,
-                detokenizer=self.detokenizer,
-            )
+            visual_tokens = self.tokenize(image, selection, keep_ratio, keep, target_quality, reference_compat)
             return self(visual_tokens=visual_tokens, **decode_kwargs)
 
     def _guidance_scales(self, prompts: list[list[Part]], given: Any) -> list[float]:

@@ -100,7 +100,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -329,6 +329,7 @@ def push_folder(
     *,
     make_card: Callable[[Path, str], str],
     merge_cards: Callable[[str, str], str],
+    named_files: Callable[[Path, str], dict[str, str]],
     commit_message: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -343,6 +344,7 @@ def push_folder(
         repo_id: "organisation/name".
         make_card: `make_card(folder, repo_id)` -> the README.
         merge_cards: `merge_cards(theirs, ours)` -> the README, where the repository has one.
+        named_files: `named_files(folder, repo_id)` -> further files that say the repository's name, path -> text.
         commit_message: "Upload LaVIT" by default.
         private: of a repository that is created: whether its owners alone see it.
         token: of the Hub; by default that of `hf auth login`.
@@ -368,27 +370,33 @@ def push_folder(
             if revision and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             where = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message or "Upload LaVIT"}
-            card = make_card(Path(source), repo_id)
-            theirs = read_card(api, repo_id, revision)
-            card = card if theirs is None else merge_cards(theirs, card)
+            folder = Path(source)
+            texts = {README: make_card(folder, repo_id), **named_files(folder, repo_id)}
+            theirs = {name: read_file(api, repo_id, name, revision) for name in texts}
+            if theirs[README] is not None:
+                texts[README] = merge_cards(theirs[README], texts[README])
             if source == temporary:
-                (Path(source) / README).write_text(card, encoding="utf-8")
-            file = Path(source) / README
-            ours = file.read_text(encoding="utf-8") if file.is_file() else None
-            ignored = IGNORED if card == ours else [*IGNORED, README]
+                for name, text in texts.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+            ours = {name: (folder / name).read_text(encoding="utf-8") for name in texts if (folder / name).is_file()}
+            other = {name: text for name, text in texts.items() if text != ours.get(name)}
+            ignored = [*IGNORED, *other]
             commit = api.upload_folder(folder_path=source, create_pr=create_pr, ignore_patterns=ignored, **where)
-            if card not in (ours, theirs):
-                # the folder stays as it is, its card with the repository's name and edits does not
+            changed = {name: text for name, text in other.items() if text != theirs[name]}
+            if changed:
+                # the folder stays as it is, what says the repository's name does not, nor its card with edits
                 where["revision"] = commit.pr_revision or revision
-                api.upload_file(path_or_fileobj=card.encode(), path_in_repo=README, **where)
+                api.create_commit(
+                    operations=[CommitOperationAdd(name, text.encode()) for name, text in changed.items()], **where
+                )
     return commit.pr_url or commit.commit_url
 
 
-def read_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """The README of a repository, if it has one."""
+def read_file(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
+    """The text of a file in a repository, if there is one."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            path = api.hf_hub_download(repo_id, README, revision=revision, local_dir=folder)
+            path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
             return Path(path).read_text(encoding="utf-8")
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
@@ -456,8 +464,9 @@ FAMILIES = (
     {"LavitImageProcessor": ("AutoImageProcessor",)},
     {"LavitProcessor": ("AutoProcessor",)},
 )
-# in examples of a card, until the repository has a name
+# in examples of a card, and in the index of diffusers' modular pipelines, until the repository has a name
 REPOSITORY = "ORGANISATION/NAME"
+MODULAR_INDEX = "modular_model_index.json"
 PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
 
 
@@ -574,6 +583,17 @@ def make_card(folder: Path, tags: list[str] | None, place: Path, repository: str
     return publisher.merge_cards(there.read_text(encoding="utf-8"), card) if there.is_file() else card
 
 
+def named_files(folder: Path, repository: str) -> dict[str, str]:
+    """Files that say where the components of diffusers' `ModularPipeline` are to be loaded from."""
+    if not (folder / MODULAR_INDEX).is_file():
+        return {}
+    index = json.loads((folder / MODULAR_INDEX).read_text(encoding="utf-8"))
+    for part in index.values():
+        if isinstance(part, list) and part[-1].get("pretrained_model_name_or_path") == REPOSITORY:
+            part[-1]["pretrained_model_name_or_path"] = repository
+    return {MODULAR_INDEX: as_json(index)}
+
+
 def upload(
     source: str | os.PathLike | Callable[[Path], object], repo_id: str, tags: list[str] | None = None, **options
 ) -> str:
@@ -583,6 +603,7 @@ def upload(
         repo_id,
         make_card=lambda folder, repository: make_card(folder, tags, folder, repository),
         merge_cards=publisher.merge_cards,
+        named_files=named_files,
         **options,
     )
 
@@ -673,7 +694,11 @@ def edit_json(path: Path, edit: Callable[[dict], None]) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file as the libraries do."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(as_json(content), encoding="utf-8")
+
+
+def as_json(content: dict) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def name_model(config: dict, auto_map: dict, pipeline: dict | None) -> None:

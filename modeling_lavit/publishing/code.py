@@ -23,7 +23,7 @@ PROCESSING = next(p for p in (PACKAGE / "processing", PACKAGE.parent / "processi
 VERSIONS = "compat_lavit"
 ROOTS = {
     TRANSFORMERS_CODE: ("modeling_lavit", "modeling_lavit_detokenizer", "processing_lavit"),
-    DIFFUSERS_CODE: ("pipeline_lavit", "pipeline_text_to_image", "small_decoder_lavit"),
+    DIFFUSERS_CODE: ("blocks_lavit", "pipeline_text_to_image", "small_decoder_lavit"),
 }
 LIBRARY = {TRANSFORMERS_CODE: "transformers", DIFFUSERS_CODE: "diffusers"}
 DOCSTRING = '''\
