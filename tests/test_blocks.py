@@ -1,4 +1,4 @@
-"""Blocks of diffusers' ModularPipeline draw what the pipeline draws, together, alone, and with one of them replaced."""
+"""Blocks of diffusers' ModularPipeline: together, alone, and with one of them replaced."""
 
 import diffusers
 import numpy as np
