@@ -1945,8 +1945,8 @@ SAMPLING = ("negative_prompt", "temperature", "top_k", "top_p", "max_image_token
 class LavitBlock(ModularPipelineBlocks):
     """A step of [`LavitPipeline`], run on the components that the modular pipeline has.
 
-    A subclass gives the names of the components that it needs, its inputs and outputs, and `run(pipe, given) -> outputs`.
-    Inputs and outputs have the names and meanings that they have there.
+    A subclass gives the names of the components that it needs, its inputs and outputs, and `run(pipe, given)`, which
+    returns the outputs. Inputs and outputs have the names and meanings that they have there.
     """
 
     model_name = "lavit"
