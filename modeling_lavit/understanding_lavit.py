@@ -21,11 +21,11 @@ class LavitImageFeatures(ModelOutput):
         lengths: (images,), n of each.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    pooler_output: tuple[torch.Tensor, ...] = None  # pyright: ignore[reportAssignmentType]
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    lengths: torch.LongTensor | None = None
+    lengths: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
 
 
 class LavitUnderstanding(nn.Module):
