@@ -261,11 +261,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     ) -> torch.Tensor | GenerateOutput:
         """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
         if loop is not None:
-            return super().generate(generation_config=config, custom_generate=loop, **call)
+            return super().generate(generation_config=config, custom_generate=loop, **call)  # pyright: ignore[reportAttributeAccessIssue]
         sampling = self._chosen(config, "do_sample")
         seeded = drawn.global_generators(self.device) if sampling else nullcontext()
         with seeded:
-            return super().generate(generation_config=config, streamer=drawn.streamer, **call)
+            return super().generate(generation_config=config, streamer=drawn.streamer, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _generate_images(
         self,
@@ -426,7 +426,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return super().generate_batch(inputs, generation_config=config, **kwargs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # transformers wants a protocol here that its own models do not fill, as in `generate`
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         # continuous batching takes no processors but those of its config
         allowed_ids = getattr(generation_config, "allowed_ids", None)
         if allowed_ids is not None:

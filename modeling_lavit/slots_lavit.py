@@ -128,7 +128,7 @@ def check_slots(slots: list[list[int]], num_images: int) -> None:
     if num_slots != num_images:
         raise ValueError(
             f"the prompts have {num_slots} image slots ([IMG][/IMG], written <image>), "
-            f"but pixel_values has {num_images} images"
+            f"but pixel_values has {num_images} images: every image has one slot, which no truncation may cut"
         )
 
 

@@ -24,6 +24,7 @@ README = "README.md"
 KINDS = {"lavit": "reader", "lavit_visual_tokenizer": "visual_tokenizer", "lavit_detokenizer": "detokenizer"}
 TITLES = {
     "adapter": "LoRA adapter of LaVIT",
+    "decoder": "LaVIT's pixel decoder",
     "detokenizer": "LaVIT's detokenizer",
     "processor": "LaVIT's processor",
     "visual_tokenizer": "LaVIT's visual tokenizer",
@@ -166,7 +167,9 @@ def _as_list(value) -> list:
 
 
 def _kind(folder: Path) -> tuple[str, dict]:
-    for name, kind in (("model_index.json", "pipeline"), ("adapter_config.json", "adapter"), ("config.json", None)):
+    if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+        return "decoder", {}
+    for name, kind in (("unet/config.json", "pipeline"), ("adapter_config.json", "adapter"), ("config.json", None)):
         if (folder / name).is_file():
             file = folder / ("config.json" if kind == "pipeline" else name)
             config = read_json_object(file)
@@ -192,7 +195,7 @@ def _facts(kind: str, folder: Path, config: dict) -> dict[str, str]:
         side = visual.image_size
         facts["images that are read"] = f"{side} × {side} pixels, {visual.num_patches} patches"
         facts["visual codes"] = str(visual.codebook_size)
-    if kind == "pipeline":
+    if kind in ("pipeline", "decoder"):
         decoder = LavitDetokenizerConfig.from_pretrained(folder / "detokenizer")
         side = read_json_object(folder / "unet" / "config.json")["sample_size"]
         size = [decoder.vae_scale_factor * one for one in ([side, side] if isinstance(side, int) else side)]
