@@ -463,7 +463,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
 
 # By these names Trainer knows that it has to shift the labels that it smooths, and `transformers serve` what goes in.
 for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-    names[LavitConfig.model_type] = LavitForConditionalGeneration.__name__
+    names[LavitConfig.model_type] = LavitForConditionalGeneration.__name__  # pyright: ignore[reportArgumentType]
 
 
 def _starts_a_sequence(past: dict) -> bool:

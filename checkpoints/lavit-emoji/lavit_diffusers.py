@@ -1769,7 +1769,7 @@ class LavitPipeline(
         check_pair("original_size", original_size)
         check_pair("crops_coords_top_left", crops_coords_top_left)
         check_pair("target_size", target_size)
-        size = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
+        size: tuple[int, int] = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
         height, width = height or size[0], width or size[1]
         if latents is not None:
             check_latents(latents, self.latents_shape(num_images, height, width))
@@ -1818,9 +1818,9 @@ class LavitPipeline(
                 reranker,
                 num_candidates,
                 prompts,
-                images,
+                images,  # pyright: ignore[reportArgumentType]
                 visual_tokens,
-                flags,  # pyright: ignore[reportArgumentType]
+                flags,
             )
         if not return_dict:
             return images, visual_tokens, flags
