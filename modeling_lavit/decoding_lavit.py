@@ -1,4 +1,4 @@
-"""How one id after the other is chosen: seeds, and the loop with batched guidance."""
+"""How one id after the other is chosen: seeds, and the loop with batched guidance. Ids and masks are int64."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,6 +1,7 @@
 """Prompts of `generate`: their slots filled, behind what a cache holds, and everything given back in the caller's ids.
 
 B prompts, L ids as the caller has them, P positions once the slots are filled, E width of the language model.
+Ids, masks and positions are int64.
 """
 
 from collections.abc import Callable
@@ -223,7 +224,7 @@ class LavitFilledPrompt:
             self.speaks = self.speaks + wider
 
     def take_cache(self, cache: Cache, rows_of_prompt: int) -> None:
-        """Makes the rows of [`cache`] those that are decoded."""
+        """Makes the rows of the prompts' cache those that are decoded."""
         rows = torch.arange(len(self.caller_ids)).repeat_interleave(rows_of_prompt)
         rows = torch.cat([rows, rows]) if self.has_streams else rows
         if self.cached and len(rows) > len(self.caller_ids):

@@ -19,7 +19,7 @@ def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.Tensor:
             the patches whose probability is at least that, and the best one in any case.
 
     Returns:
-        (B, N).
+        (B, N) bool.
 
     Raises:
         ValueError: it is none of these, or out of range.
@@ -47,7 +47,7 @@ def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.Tensor:
 
 
 def first_patches(log_probs: torch.Tensor, count: int) -> torch.Tensor:
-    """(B, N): the `count` patches of each image that the selector (B, N, 2) would rather keep."""
+    """(B, N) bool: the `count` patches of each image that the selector (B, N, 2) would rather keep."""
     scores = log_probs[..., 0] - log_probs[..., 1]
     best = scores.topk(count, dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)

@@ -1,4 +1,4 @@
-"""Which ids may come next: the grammar of images, and ranges of ids."""
+"""Which ids may come next: the grammar of images, and ranges of ids. Ids are int64, scores float32."""
 
 import torch
 from transformers import LogitsProcessor

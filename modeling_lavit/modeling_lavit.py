@@ -1,7 +1,7 @@
 """LaVIT: one language model that reads and writes both text and visual tokens (arXiv 2309.04669, section 3.2).
 
 Dimension letters: B prompts, L their length, N patches, C width of the visual tokenizer, E width of the language
-model, V ids in all, n kept patches of one image.
+model, V ids in all, n kept patches of one image. Ids, masks and labels are int64.
 """
 
 from dataclasses import dataclass

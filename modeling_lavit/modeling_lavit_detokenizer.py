@@ -174,8 +174,8 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     ) -> LavitDetokenizerOutput:
         """
         Args:
-            codes: (sum of lengths,) in 0 … K-1, image after image.
-            lengths: (B,), 1 … `num_queries` each.
+            codes: (sum of lengths,) int64 in 0 … K-1, image after image.
+            lengths: (B,) int64, 1 … `num_queries` each.
             output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
                 config says.
 

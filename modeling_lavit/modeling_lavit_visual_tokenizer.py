@@ -55,10 +55,10 @@ def gather_rows(hidden_states: torch.Tensor, chosen: torch.Tensor) -> tuple[torc
     """The chosen rows of every image in order, padded to the most that one image has.
 
     Args:
-        hidden_states: (B, N, C). chosen: (B, N).
+        hidden_states: (B, N, C). chosen: (B, N) bool.
 
     Returns:
-        rows (B, R, C), which of them are no padding (B, R), and their places (B, R).
+        rows (B, R, C), which of them are no padding (B, R) bool, and their places (B, R) int64.
     """
     places = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
     return take_rows(hidden_states, places), chosen.gather(1, places), places

@@ -1,6 +1,6 @@
 """How probable given texts or images are behind prompts: for ranking answers, retrieval, and harnesses.
 
-B prompts, T continuations, P positions of the filled prompts, V ids.
+B prompts, T continuations, P positions of the filled prompts, V ids. Ids and masks are int64.
 """
 
 from collections.abc import Callable, Sequence
