@@ -1,6 +1,7 @@
 """Prompts as ragged rows: taking the padding off, filling image slots, padding again.
 
-A slot is an adjacent `[IMG][/IMG]` pair: the place of an image that is given as pixels. Ids, masks and positions are int64.
+A slot is an adjacent `[IMG][/IMG]` pair: the place of an image that is given as pixels.
+Ids, masks and positions are int64.
 """
 
 from dataclasses import dataclass
