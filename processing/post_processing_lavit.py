@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers.processing_utils import ProcessorMixin
 
+from modeling_lavit.vocabulary_lavit import LavitVocabulary
+
 
 GENERATION_MODES = ("text", "image", "interleaved")
 ABBREVIATION = re.compile(
@@ -22,6 +24,7 @@ class LavitPostProcessingMixin(ProcessorMixin):
     boi_token_id: int
     eoi_token_id: int
     visual_offset: int
+    vocabulary: LavitVocabulary
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
         """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
@@ -106,7 +109,8 @@ class LavitPostProcessingMixin(ProcessorMixin):
 
     def _codes_of(self, ids: list[int]) -> torch.Tensor:
         ids = ids[: ids.index(self.eoi_token_id)] if self.eoi_token_id in ids else ids
-        return torch.tensor([i - self.visual_offset for i in ids if i >= self.visual_offset], dtype=torch.long)
+        codes = [self.vocabulary.codes_of(i) for i in ids if self.vocabulary.is_code(i)]
+        return torch.tensor(codes, dtype=torch.long)
 
     def _segments(self, ids: list[int], skip_special_tokens: bool, **kwargs) -> list[str | torch.Tensor]:
         segments, start = [], 0

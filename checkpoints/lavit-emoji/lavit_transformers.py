@@ -182,7 +182,7 @@ CURRENT_FOLDER = -100
 def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder whose files become those of `folder` at the end; nothing changes if anything fails.
 
-    Files of `folder` that are not written anew stay, but for what belonged to those that are: shards and an index of
+    Files of `folder` that are not written again stay, but for what belonged to those that are: shards and an index of
     weights that are in one file now. A process that is killed leaves either the old files or the new ones: the two
     folders are swapped in one step. Where that cannot be (Windows, a mount point, the working directory), the index
     files are removed first and written last, so that what is half done does not load.
@@ -254,7 +254,7 @@ def _commit(stage: Path, folder: Path) -> None:
 
 
 def _stale(written: set[str], found: set[str]) -> set[str]:
-    """What belonged to files that are written anew, and does not any more."""
+    """What belonged to files that are written again, and does not any more."""
     stale = set()
     for name in written:
         path = Path(name)
@@ -710,11 +710,12 @@ class LavitVocabulary:
 
     Args:
         text_vocab_size: number of text ids; `[IMG]` and `[/IMG]` follow right above them.
-        codebook_size: number of codes; code `k` has the id `visual_offset + k`.
+        codebook_size: number of codes; code `k` has the id `visual_offset + k`. None where it is not known: then
+            every id from `visual_offset` on is a code.
     """
 
     text_vocab_size: int
-    codebook_size: int
+    codebook_size: int | None
 
     @property
     def boi_token_id(self) -> int:
@@ -733,11 +734,19 @@ class LavitVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of ids in all."""
+        """Number of ids in all.
+
+        Raises:
+            ValueError: the number of codes is not known.
+        """
+        if self.codebook_size is None:
+            raise ValueError("the number of codes is not known: give codebook_size")
         return self.visual_offset + self.codebook_size
 
     def is_code(self, ids):
         """Whether ids are codes of images: of a number a bool, of a tensor a bool tensor of its shape."""
+        if self.codebook_size is None:
+            return ids >= self.visual_offset
         if isinstance(ids, torch.Tensor):
             return (ids >= self.visual_offset) & (ids < self.size)
         return self.visual_offset <= ids < self.size
@@ -757,19 +766,20 @@ class LavitVocabulary:
         Raises:
             ValueError: there are ids among them that are no codes.
         """
-        self._check(ids, self.visual_offset, self.size, "ids of codes")
+        self._check(ids, self.visual_offset, None if self.codebook_size is None else self.size, "ids of codes")
         return ids - self.visual_offset
 
     @staticmethod
-    def _check(values, start: int, stop: int, name: str) -> None:
+    def _check(values, start: int, stop: int | None, name: str) -> None:
         if isinstance(values, torch.Tensor):
             if torch.compiler.is_compiling() or values.device.type == "meta" or not values.numel():
                 return
             low, high = int(values.min()), int(values.max())
         else:
             low = high = values
-        if low < start or high >= stop:
-            raise ValueError(f"{name} go from {start} to {stop - 1}, got {low} to {high}")
+        if low < start or (stop is not None and high >= stop):
+            end = "on" if stop is None else f"to {stop - 1}"
+            raise ValueError(f"{name} go from {start} {end}, got {low} to {high}")
 
 
 # -------- configuration_lavit.py
@@ -807,7 +817,7 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             they are lost.
         codebook_size, codebook_dim: number of codes and their dimension.
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
-            patch: as many tokens for any picture).
+            patch: as many tokens for any image).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
     """
 
@@ -911,10 +921,10 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
             `[/IMG]` and codes, and may be padded above that.
         visual_config: of the visual tokenizer.
         text_vocab_size: number of text ids; all other ids follow from it, see [`LavitVocabulary`].
-        share_understanding_merger: whether reading pictures uses the visual tokenizer's merger (checkpoints trained
+        share_understanding_merger: whether reading images uses the visual tokenizer's merger (checkpoints trained
             here) or one of its own (official checkpoints).
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
-            no pictures. Also an argument of `from_pretrained`.
+            no images. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
     """
 
@@ -1399,7 +1409,7 @@ class LavitDraftMixin(PreTrainedModel if TYPE_CHECKING else object):
 
 # -------- logits_lavit.py
 #
-# Which ids may come next: the grammar of images, and ranges of ids.
+# Which ids may come next: the grammar of images, and ranges of ids. Ids are int64, scores float32.
 
 
 def image_state(input_ids: torch.Tensor, vocabulary: LavitVocabulary) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1465,7 +1475,7 @@ class LavitRangeLogitsProcessor(LogitsProcessor):
 
 # -------- decoding_lavit.py
 #
-# How one id after the other is chosen: seeds, and the loop with batched guidance.
+# How one id after the other is chosen: seeds, and the loop with batched guidance. Ids and masks are int64.
 
 
 # whether torch's global generators are lent to a stock decoding method in this context
@@ -1601,7 +1611,7 @@ class LavitDecodingLoop:
         generators: one per row; None for greedy search. A single generator in `joint_generator` instead draws all rows
             with one `torch.multinomial`, as the reference does.
         streamer: gets the prompt and then every step's ids.
-        restart_unconditional: whether the unconditional stream begins anew at every `[IMG]` that is written.
+        restart_unconditional: whether the unconditional stream starts again at every `[IMG]` that is written.
         drafter: proposes up to `draft_length` codes ahead of each forward, which verifies them all (arXiv 2311.08252).
             As the uniform number of every id to come is fixed, a code is kept if it is the one that would be drawn:
             what is written stays the same. A lone row does so: of several, all would wait for the slowest.
@@ -1778,7 +1788,7 @@ class LavitDecodingLoop:
         return input_ids[streams]
 
     def _restart_unconditional(self, ids: torch.Tensor, model_kwargs: dict) -> None:
-        """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""
+        """Where `[IMG]` was just written, its unconditional stream starts again, with that id alone at position 0."""
         begins = (ids == self.vocabulary.boi_token_id).unsqueeze(1)
         mask, positions = model_kwargs["attention_mask"].clone(), model_kwargs["position_ids"].clone()
         mask[len(ids) :, :-1].masked_fill_(begins, 0)
@@ -2032,6 +2042,7 @@ class LavitLayer(GradientCheckpointingLayer):
 # Prompts as ragged rows: taking the padding off, filling image slots, padding again.
 #
 # A slot is an adjacent `[IMG][/IMG]` pair: the place of an image that is given as pixels.
+# Ids, masks and positions are int64.
 
 
 @dataclass
@@ -2060,7 +2071,7 @@ class LavitPositions:
             last = self.own.gather(1, (kept - 1).clamp_min(0).unsqueeze(1))
             if not bool((kept == kept[0]).all() and (last == length - 1).all()):
                 raise ValueError(
-                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start anew"
+                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start again"
                 )
             return LavitPositions(self.own[:, : int(kept[0])], self.mask[:, :length])
         further = torch.arange(self.mask.shape[1], length, device=self.own.device).expand(len(self.own), -1)
@@ -2203,6 +2214,7 @@ def check_ids_and_mask(
 # Prompts of `generate`: their slots filled, behind what a cache holds, and everything given back in the caller's ids.
 #
 # B prompts, L ids as the caller has them, P positions once the slots are filled, E width of the language model.
+# Ids, masks and positions are int64.
 
 
 @dataclass
@@ -2397,7 +2409,7 @@ class LavitFilledPrompt:
             self.speaks = self.speaks + wider
 
     def take_cache(self, cache: Cache, rows_of_prompt: int) -> None:
-        """Makes the rows of [`cache`] those that are decoded."""
+        """Makes the rows of the prompts' cache those that are decoded."""
         rows = torch.arange(len(self.caller_ids)).repeat_interleave(rows_of_prompt)
         rows = torch.cat([rows, rows]) if self.has_streams else rows
         if self.cached and len(rows) > len(self.caller_ids):
@@ -2720,7 +2732,7 @@ class LavitTokenOutputMixin(PreTrainedModel if TYPE_CHECKING else object):
 
     @torch.no_grad()
     def decode_image_tokens(self, ids: torch.Tensor) -> list:
-        """What `generate(generation_mode="image")` returned, (rows, L) ids, as a image for every row.
+        """What `generate(generation_mode="image")` returned, (rows, L) ids, as an image for every row.
 
         Everything that is no code is dropped, and so are padding and what follows `[/IMG]`. Without a pixel decoder
         ([`set_pixel_decoder`]) the codes are returned: a list of 1-D tensors.
@@ -3241,7 +3253,7 @@ def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.Tensor:
             the patches whose probability is at least that, and the best one in any case.
 
     Returns:
-        (B, N).
+        (B, N) bool.
 
     Raises:
         ValueError: it is none of these, or out of range.
@@ -3269,7 +3281,7 @@ def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.Tensor:
 
 
 def first_patches(log_probs: torch.Tensor, count: int) -> torch.Tensor:
-    """(B, N): the `count` patches of each image that the selector (B, N, 2) would rather keep."""
+    """(B, N) bool: the `count` patches of each image that the selector (B, N, 2) would rather keep."""
     scores = log_probs[..., 0] - log_probs[..., 1]
     best = scores.topk(count, dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
@@ -3371,10 +3383,10 @@ def gather_rows(hidden_states: torch.Tensor, chosen: torch.Tensor) -> tuple[torc
     """The chosen rows of every image in order, padded to the most that one image has.
 
     Args:
-        hidden_states: (B, N, C). chosen: (B, N).
+        hidden_states: (B, N, C). chosen: (B, N) bool.
 
     Returns:
-        rows (B, R, C), which of them are no padding (B, R), and their places (B, R).
+        rows (B, R, C), which of them are no padding (B, R) bool, and their places (B, R) int64.
     """
     places = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
     return take_rows(hidden_states, places), chosen.gather(1, places), places
@@ -3686,7 +3698,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 #
 # How probable given texts or images are behind prompts: for ranking answers, retrieval, and harnesses.
 #
-# B prompts, T continuations, P positions of the filled prompts, V ids.
+# B prompts, T continuations, P positions of the filled prompts, V ids. Ids and masks are int64.
 
 
 Ids = Sequence[int] | torch.Tensor
@@ -3869,7 +3881,7 @@ class LavitImageFeatures(ModelOutput):
         last_hidden_state: (images, N, C), the encoder's features of all patches.
         pooler_output: what the language model reads of each image, (n, E) each.
         hidden_states, attentions: of the encoder, where they were asked for.
-        lengths: (images,), n of each.
+        lengths: (images,) int64, n of each.
     """
 
     last_hidden_state: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
@@ -3910,7 +3922,7 @@ class LavitUnderstanding(nn.Module):
 # LaVIT: one language model that reads and writes both text and visual tokens (arXiv 2309.04669, section 3.2).
 #
 # Dimension letters: B prompts, L their length, N patches, C width of the visual tokenizer, E width of the language
-# model, V ids in all, n kept patches of one image.
+# model, V ids in all, n kept patches of one image. Ids, masks and labels are int64.
 
 
 IGNORED_LABEL = -100
@@ -4502,8 +4514,8 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     ) -> LavitDetokenizerOutput:
         """
         Args:
-            codes: (sum of lengths,) in 0 … K-1, image after image.
-            lengths: (B,), 1 … `num_queries` each.
+            codes: (sum of lengths,) int64 in 0 … K-1, image after image.
+            lengths: (B,) int64, 1 … `num_queries` each.
             output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
                 config says.
 
@@ -5232,6 +5244,7 @@ class LavitPostProcessingMixin(ProcessorMixin):
     boi_token_id: int
     eoi_token_id: int
     visual_offset: int
+    vocabulary: LavitVocabulary
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
         """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
@@ -5316,7 +5329,8 @@ class LavitPostProcessingMixin(ProcessorMixin):
 
     def _codes_of(self, ids: list[int]) -> torch.Tensor:
         ids = ids[: ids.index(self.eoi_token_id)] if self.eoi_token_id in ids else ids
-        return torch.tensor([i - self.visual_offset for i in ids if i >= self.visual_offset], dtype=torch.long)
+        codes = [self.vocabulary.codes_of(i) for i in ids if self.vocabulary.is_code(i)]
+        return torch.tensor(codes, dtype=torch.long)
 
     def _segments(self, ids: list[int], skip_special_tokens: bool, **kwargs) -> list[str | torch.Tensor]:
         segments, start = [], 0
@@ -5545,9 +5559,13 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 f"(boi_token_id is {boi_token_id}, eoi_token_id is {eoi_token_id})"
             )
         self.boi_token_id, self.eoi_token_id = boi_token_id, eoi_token_id
-        self.visual_offset = self.eoi_token_id + 1
+        self.visual_offset = self.vocabulary.visual_offset
         self.image_token_id = self.boi_token_id
         self.image_token_ids: list[int] = [self.boi_token_id, self.eoi_token_id]
+
+    @property
+    def vocabulary(self) -> LavitVocabulary:
+        return LavitVocabulary(self.boi_token_id, self.codebook_size)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -5690,7 +5708,7 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 f"visual_tokens of prompt {prompt} go from {min(codes)} to {max(codes)}; they are codes, "
                 f"counted from 0{'' if highest is None else f' to {highest}'}, not ids of the language model"
             )
-        return [self.visual_offset + code for code in codes]
+        return [self.vocabulary.ids_of(code) for code in codes]
 
     def _encode(
         self, prompt: str, images: list[list[int]], number: int, mode: str, text_kwargs: dict
