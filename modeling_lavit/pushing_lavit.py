@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
@@ -69,7 +70,11 @@ def push_folder(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            where = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message or "Upload LaVIT"}
+            where: dict[str, Any] = {
+                "repo_id": repo_id,
+                "revision": revision,
+                "commit_message": commit_message or "Upload LaVIT",
+            }
             folder = Path(source)
             texts = {README: make_card(folder, repo_id), **named_files(folder, repo_id)}
             theirs = {name: read_file(api, repo_id, name, revision) for name in texts}
@@ -81,7 +86,7 @@ def push_folder(
             ours = {name: (folder / name).read_text(encoding="utf-8") for name in texts if (folder / name).is_file()}
             other = {name: text for name, text in texts.items() if text != ours.get(name)}
             ignored = [*IGNORED, *other]
-            commit = api.upload_folder(folder_path=source, create_pr=create_pr, ignore_patterns=ignored, **where)
+            commit = api.upload_folder(folder_path=folder, create_pr=create_pr, ignore_patterns=ignored, **where)
             changed = {name: text for name, text in other.items() if text != theirs[name]}
             if changed:
                 # the folder stays as it is, what says the repository's name does not, nor its card with edits
@@ -134,6 +139,6 @@ def _reason(error: HfHubHTTPError) -> str:
         429: "too many requests: try again later",
         507: "there is no space left on the account",
     }
-    reason = reasons.get(status, f"the Hub answers {status}")
+    reason = reasons.get(status or 0, f"the Hub answers {status}")
     said = " ".join((error.server_message or "").split())
     return f"{reason} (it says: {said})" if said else reason
