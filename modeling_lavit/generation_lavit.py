@@ -1,8 +1,9 @@
 """generate(): text, images, and both in one stream (arXiv 2309.04669, section 3.2, with its code's defaults)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,26 +133,30 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             cache=pop_cache(call),
         )
         drawn = LavitDraw(generator, streamer, reference_compat)
-        if drawn.is_list and not drawing and self._beams(config) > 1 and self._chosen(config, "do_sample"):
-            return self._generate_each(prompt, config, drawn, call)
-        if not drawing:
-            return self._generate_text(prompt, config, drawn, call)
-        if prompt.input_ids is None or "inputs_embeds" in call:
-            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
-        limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
-        if generation_mode == "image" and config.max_new_tokens is not None:
-            if config.max_new_tokens < 2:
-                raise ValueError(
-                    f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
-                )
-            # pipelines set this general limit; [/IMG] counts in it
-            limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
-        draft_length = self._draft_length(
-            draft_length, defaults["draft_length"], generation_mode, config, reference_compat
-        )
-        return self._generate_images(
-            prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
-        )
+        self._check_counts_and_shares(config)
+        write = self._generate_text
+        if drawing:
+            limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
+            if generation_mode == "image" and config.max_new_tokens is not None:
+                if config.max_new_tokens < 2:
+                    raise ValueError(
+                        f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
+                    )
+                # pipelines set this general limit; [/IMG] counts in it
+                limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
+            draft_length = self._draft_length(
+                draft_length, defaults["draft_length"], generation_mode, config, reference_compat
+            )
+            write = partial(
+                self._generate_images,
+                generation_mode=generation_mode,
+                guidance_scale=guidance_scale,
+                limits=limits,
+                draft_length=draft_length,
+            )
+        if drawn.is_list and self._beams(config) > 1 and self._chosen(config, "do_sample"):
+            return self._generate_each(write, prompt, config, drawn, call)
+        return write(prompt, config, drawn, call)
 
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         # an offloaded model is on meta: its hooks move the inputs
@@ -167,9 +172,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
         speculative = "assistant_model" in call or self._chosen(config, "prompt_lookup_num_tokens") is not None
-        if speculative and prompt.pixel_values is not None:
-            # transformers' assisted decoding leaves its first candidates out where a prompt is given as embeddings
-            raise ValueError("assistant_model and prompt_lookup_num_tokens do not go with pixel_values")
         filled = None
         if "inputs_embeds" in call:
             if prompt.pixel_values is not None:
@@ -181,6 +183,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             if prompt.input_ids is None:
                 prompt.input_ids = self._begin_text(config)
             filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
+            if "assistant_model" in call and filled.inputs_embeds is not None:
+                # an assistant is given ids: it reads images as codes
+                filled.input_ids = fill_prompt(self, prompt, config.pad_token_id, discrete=True).input_ids
             prompts = len(filled.caller_ids)
             self._hand_over(filled, config, call, drawn)
             if filled.inputs_embeds is None:
@@ -236,7 +241,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return torch.tensor([[bos_token_id]], device=self.device)
 
     def _generate_each(
-        self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
+        self, write: Callable, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
     ) -> torch.LongTensor:
         """Sampled beams with a generator for each prompt: a beam search a prompt, which draws from its own."""
         if prompt.input_ids is None or prompt.cache is not None or config.return_dict_in_generate:
@@ -246,10 +251,13 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 f"{len(drawn.generator)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
                 "take one, or one for each prompt"
             )
-        parts = []
-        for one, generator in zip(prompt.split(self.config.vocabulary), drawn.generator, strict=True):
-            own = LavitDraw(generator, None, drawn.reference_compat)
-            parts.append(self._generate_text(one, copy.deepcopy(config), own, dict(call)))
+        allowed, parts = call.pop("prefix_allowed_tokens_fn", None), []
+        for row, one in enumerate(prompt.split(self.config.vocabulary)):
+            own = LavitDraw(drawn.generator[row], drawn.streamer, drawn.reference_compat)
+            its_call = {name: copy.copy(value) if isinstance(value, list) else value for name, value in call.items()}
+            if allowed is not None:
+                its_call["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+            parts.append(write(one, copy.deepcopy(config), own, its_call))
         rows = [row for part in parts for row in part]
         return pad(rows, config.pad_token_id, "right")[0]
 
@@ -267,14 +275,17 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     def _generate_images(
         self,
         prompt: LavitPrompt,
-        generation_mode: str,
         config: GenerationConfig,
-        guidance_scale: float | Sequence[float] | torch.Tensor,
-        limits: tuple[int, int],
         drawn: LavitDraw,
         call: dict[str, Any],
+        *,
+        generation_mode: str,
+        guidance_scale: float | Sequence[float] | torch.Tensor,
+        limits: tuple[int, int],
         draft_length: int,
     ) -> torch.LongTensor | GenerateOutput:
+        if prompt.input_ids is None or "inputs_embeds" in call:
+            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
         image_mode, beams = generation_mode == "image", self._beams(config)
         if image_mode:
             prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
@@ -419,6 +430,38 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             config.eos_token_id = vocabulary.eoi_token_id
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
         return super().generate_batch(inputs, generation_config=config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand behind
+        a prompt that may be embeddings, and a cache that was given holds the beginning."""
+        if is_first_iteration:
+            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+            if embedded and input_ids.shape[1] > embedded:
+                candidates = self.get_input_embeddings()(input_ids[:, embedded:])
+                inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds)], dim=1)
+            cache = kwargs.get(CACHE_NAME)
+            cached = cache.get_seq_length() if cache is not None else 0
+            if next_sequence_length is None and 0 < cached < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - cached
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # an assistant has embeddings of its own
+        kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

@@ -159,7 +159,16 @@ class LavitModel(LavitPreTrainedModel):
                 `output_attentions` of the encoder; `return_dict`.
         """
         self._check_reads()
-        return self.understanding(self.visual_tokenizer, pixel_values, **kwargs)
+        own_merger = self.understanding if self.understanding.merger is not None else None
+        encoded = self.visual_tokenizer.encode(pixel_values, merger=own_merger, **kwargs)
+        projected = encoded.features if own_merger is not None else self.understanding(encoded.features)
+        return LavitImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=projected.split(encoded.lengths.tolist()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            lengths=encoded.lengths,
+        )
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
         """The images' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""

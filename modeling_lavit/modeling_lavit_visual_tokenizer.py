@@ -299,7 +299,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     def encode(
         self,
         pixel_values: torch.Tensor,
-        merger: LavitTokenMerger | None = None,
+        merger: nn.Module | None = None,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **selection_kwargs,
@@ -308,7 +308,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
         Args:
             pixel_values: (B, 3, S, S), normalised.
-            merger: another merger than the tokenizer's own (the language model's, for reading).
+            merger: of features and keep mask, in place of the tokenizer's own (the language model's, for reading).
             output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
                 those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
