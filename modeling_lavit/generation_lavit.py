@@ -439,8 +439,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict[str, Any]:
-        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand behind
-        a prompt that may be embeddings, and a cache that was given holds the beginning."""
+        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand
+        behind a prompt that may be embeddings, and a cache that was given holds the beginning."""
         if is_first_iteration:
             embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
             if embedded and input_ids.shape[1] > embedded:

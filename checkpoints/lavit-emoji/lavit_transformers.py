@@ -92,7 +92,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -2293,15 +2295,30 @@ class LavitGenerationSettingsMixin:
         own = getattr(config, name)
         return own if own is not None else getattr(self.generation_config, name)
 
+    def _check_counts_and_shares(self, config: GenerationConfig) -> None:
+        """Raises ValueError for settings that transformers leaves out, or counts with, where they make no sense; the
+        others are refused by its own processors."""
+        for name in ("num_beams", "num_return_sequences"):
+            value = self._chosen(config, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+        for name in ("top_p", "typical_p"):
+            value = self._chosen(config, name)
+            if value is not None and (not isinstance(value, Real) or not 0 < value <= 1):
+                raise ValueError(f"{name} must be a share above 0 and up to 1, which means all, got {value!r}")
+
     def _beams(self, config: GenerationConfig) -> int:
         return self._chosen(config, "num_beams") or 1
 
 
 def guidance_of_rows(scale: float | Sequence[float] | torch.Tensor, prompts: int, repeats: int) -> torch.Tensor | None:
     """A scale for every row, 1 where there is none; None where no row has one."""
-    scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
+    try:
+        scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
+    except (TypeError, ValueError):
+        scales = torch.tensor([torch.nan])
     if not bool((scales.isfinite() & (scales >= 0)).all()):
-        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale}")
+        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale!r}")
     if len(scales) == 1:
         scales = scales.expand(prompts * repeats)
     elif len(scales) == prompts:
@@ -2550,26 +2567,30 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             cache=pop_cache(call),
         )
         drawn = LavitDraw(generator, streamer, reference_compat)
-        if drawn.is_list and not drawing and self._beams(config) > 1 and self._chosen(config, "do_sample"):
-            return self._generate_each(prompt, config, drawn, call)
-        if not drawing:
-            return self._generate_text(prompt, config, drawn, call)
-        if prompt.input_ids is None or "inputs_embeds" in call:
-            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
-        limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
-        if generation_mode == "image" and config.max_new_tokens is not None:
-            if config.max_new_tokens < 2:
-                raise ValueError(
-                    f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
-                )
-            # pipelines set this general limit; [/IMG] counts in it
-            limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
-        draft_length = self._draft_length(
-            draft_length, defaults["draft_length"], generation_mode, config, reference_compat
-        )
-        return self._generate_images(
-            prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
-        )
+        self._check_counts_and_shares(config)
+        write = self._generate_text
+        if drawing:
+            limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
+            if generation_mode == "image" and config.max_new_tokens is not None:
+                if config.max_new_tokens < 2:
+                    raise ValueError(
+                        f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
+                    )
+                # pipelines set this general limit; [/IMG] counts in it
+                limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
+            draft_length = self._draft_length(
+                draft_length, defaults["draft_length"], generation_mode, config, reference_compat
+            )
+            write = partial(
+                self._generate_images,
+                generation_mode=generation_mode,
+                guidance_scale=guidance_scale,
+                limits=limits,
+                draft_length=draft_length,
+            )
+        if drawn.is_list and self._beams(config) > 1 and self._chosen(config, "do_sample"):
+            return self._generate_each(write, prompt, config, drawn, call)
+        return write(prompt, config, drawn, call)
 
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
         # an offloaded model is on meta: its hooks move the inputs
@@ -2585,9 +2606,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
         speculative = "assistant_model" in call or self._chosen(config, "prompt_lookup_num_tokens") is not None
-        if speculative and prompt.pixel_values is not None:
-            # transformers' assisted decoding leaves its first candidates out where a prompt is given as embeddings
-            raise ValueError("assistant_model and prompt_lookup_num_tokens do not go with pixel_values")
         filled = None
         if "inputs_embeds" in call:
             if prompt.pixel_values is not None:
@@ -2599,6 +2617,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             if prompt.input_ids is None:
                 prompt.input_ids = self._begin_text(config)
             filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
+            if "assistant_model" in call and filled.inputs_embeds is not None:
+                # an assistant is given ids: it reads images as codes
+                filled.input_ids = fill_prompt(self, prompt, config.pad_token_id, discrete=True).input_ids
             prompts = len(filled.caller_ids)
             self._hand_over(filled, config, call, drawn)
             if filled.inputs_embeds is None:
@@ -2654,7 +2675,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return torch.tensor([[bos_token_id]], device=self.device)
 
     def _generate_each(
-        self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
+        self, write: Callable, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
     ) -> torch.LongTensor:
         """Sampled beams with a generator for each prompt: a beam search a prompt, which draws from its own."""
         if prompt.input_ids is None or prompt.cache is not None or config.return_dict_in_generate:
@@ -2664,10 +2685,13 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 f"{len(drawn.generator)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
                 "take one, or one for each prompt"
             )
-        parts = []
-        for one, generator in zip(prompt.split(self.config.vocabulary), drawn.generator, strict=True):
-            own = LavitDraw(generator, None, drawn.reference_compat)
-            parts.append(self._generate_text(one, copy.deepcopy(config), own, dict(call)))
+        allowed, parts = call.pop("prefix_allowed_tokens_fn", None), []
+        for row, one in enumerate(prompt.split(self.config.vocabulary)):
+            own = LavitDraw(drawn.generator[row], drawn.streamer, drawn.reference_compat)
+            its_call = {name: copy.copy(value) if isinstance(value, list) else value for name, value in call.items()}
+            if allowed is not None:
+                its_call["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+            parts.append(write(one, copy.deepcopy(config), own, its_call))
         rows = [row for part in parts for row in part]
         return pad(rows, config.pad_token_id, "right")[0]
 
@@ -2685,14 +2709,17 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     def _generate_images(
         self,
         prompt: LavitPrompt,
-        generation_mode: str,
         config: GenerationConfig,
-        guidance_scale: float | Sequence[float] | torch.Tensor,
-        limits: tuple[int, int],
         drawn: LavitDraw,
         call: dict[str, Any],
+        *,
+        generation_mode: str,
+        guidance_scale: float | Sequence[float] | torch.Tensor,
+        limits: tuple[int, int],
         draft_length: int,
     ) -> torch.LongTensor | GenerateOutput:
+        if prompt.input_ids is None or "inputs_embeds" in call:
+            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
         image_mode, beams = generation_mode == "image", self._beams(config)
         if image_mode:
             prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
@@ -2837,6 +2864,38 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             config.eos_token_id = vocabulary.eoi_token_id
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
         return super().generate_batch(inputs, generation_config=config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand
+        behind a prompt that may be embeddings, and a cache that was given holds the beginning."""
+        if is_first_iteration:
+            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+            if embedded and input_ids.shape[1] > embedded:
+                candidates = self.get_input_embeddings()(input_ids[:, embedded:])
+                inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds)], dim=1)
+            cache = kwargs.get(CACHE_NAME)
+            cached = cache.get_seq_length() if cache is not None else 0
+            if next_sequence_length is None and 0 < cached < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - cached
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # an assistant has embeddings of its own
+        kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
@@ -3564,7 +3623,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     def encode(
         self,
         pixel_values: torch.Tensor,
-        merger: LavitTokenMerger | None = None,
+        merger: nn.Module | None = None,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **selection_kwargs,
@@ -3573,7 +3632,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
         Args:
             pixel_values: (B, 3, S, S), normalised.
-            merger: another merger than the tokenizer's own (the language model's, for reading).
+            merger: of features and keep mask, in place of the tokenizer's own (the language model's, for reading).
             output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
                 those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
@@ -3832,19 +3891,16 @@ class LavitUnderstanding(nn.Module):
         self.merger = None if config.share_understanding_merger else LavitTokenMerger(config.visual_config)
         self.projection = nn.Linear(config.visual_config.hidden_size, config.text_config.hidden_size)
 
-    def forward(
-        self, visual_tokenizer: LavitVisualTokenizer, pixel_values: torch.Tensor, **options
-    ) -> LavitImageFeatures:
-        """(B, 3, H, W) normalised pixels. `options`: see `LavitVisualTokenizer.encode`."""
-        encoded = visual_tokenizer.encode(pixel_values, merger=self.merger, **options)
-        projected = self.projection(encoded.features.to(self.projection.weight.dtype))
-        return LavitImageFeatures(
-            last_hidden_state=encoded.last_hidden_state,
-            pooler_output=projected.split(encoded.lengths.tolist()),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            lengths=encoded.lengths,
-        )
+    def forward(self, features: torch.Tensor, keep_mask: torch.BoolTensor | None = None) -> torch.Tensor:
+        """(sum of kept, E), image after image.
+
+        Args:
+            features: (B, N, C) of the encoder, or (sum of kept, C) merged already where the merger is shared.
+            keep_mask: (B, N), which patches are kept; for a merger of its own.
+        """
+        if self.merger is not None:
+            features = self.merger(features, keep_mask)
+        return self.projection(features.to(self.projection.weight.dtype))
 
 
 # -------- modeling_lavit.py
@@ -3971,7 +4027,16 @@ class LavitModel(LavitPreTrainedModel):
                 `output_attentions` of the encoder; `return_dict`.
         """
         self._check_reads()
-        return self.understanding(self.visual_tokenizer, pixel_values, **kwargs)
+        own_merger = self.understanding if self.understanding.merger is not None else None
+        encoded = self.visual_tokenizer.encode(pixel_values, merger=own_merger, **kwargs)
+        projected = encoded.features if own_merger is not None else self.understanding(encoded.features)
+        return LavitImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=projected.split(encoded.lengths.tolist()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            lengths=encoded.lengths,
+        )
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
         """The images' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
