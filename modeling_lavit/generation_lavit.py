@@ -159,6 +159,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return write(prompt, config, drawn, call)
 
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"ids, masks and pixels must be tensors, got {type(tensor).__name__}: "
+                'ask the processor for return_tensors="pt"'
+            )
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
 

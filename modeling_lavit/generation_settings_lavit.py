@@ -51,6 +51,9 @@ class LavitGenerationSettingsMixin:
             raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
         if mode == "interleaved" and reference_compat:
             raise ValueError("the reference has no interleaved mode to be compatible with")
+        speculation = ("assistant_model", "prompt_lookup_num_tokens")
+        if mode != "text" and (given := [name for name in speculation if kwargs.get(name) is not None]):
+            raise ValueError(f"{given[0]} is for text, but generation_mode is {mode!r}: images have draft_length")
         if mode == "image" and kwargs.get("max_length") is not None:
             raise ValueError("in image mode max_image_tokens limits the length, not max_length")
 

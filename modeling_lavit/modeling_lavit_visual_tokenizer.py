@@ -224,6 +224,10 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}: let the image processor make them"
+            )
         if torch.compiler.is_compiling() or pixel_values.is_meta:
             return
         if not bool(pixel_values.isfinite().all()):

@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from tiny import BOI, CODE, EOI, left_padded, right_padded, seeded, tiny_images, tiny_model, tiny_text_config
+from tiny import (
+    BOI,
+    CODE,
+    EOI,
+    left_padded,
+    right_padded,
+    seeded,
+    tiny_images,
+    tiny_model,
+    tiny_text_config,
+    tiny_tokenizer,
+)
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor
 
 from modeling_lavit import LavitForConditionalGeneration
@@ -363,6 +374,31 @@ def test_settings_out_of_range_are_an_error_that_names_them(model, mode, name, v
     for value in values:
         with pytest.raises(ValueError, match="penalty" if name == "repetition_penalty" else name):
             model.generate(torch.tensor([[1, 20, BOI]]), do_sample=True, generation_mode=mode, **{name: value})
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_text_ends_at_a_stop_string_however_it_is_written(model, do_sample):
+    tokenizer, ids = tiny_tokenizer(), torch.tensor([[1, 20, BOI, EOI, 30]])
+    settings = {"pixel_values": tiny_images(1), "max_new_tokens": 8, "eos_token_id": None, "do_sample": do_sample}
+    settings["generator"] = seeded(0) if do_sample else None
+    whole_text = model.generate(ids, **settings)
+    settings["generator"] = seeded(0) if do_sample else None
+    stop = tokenizer.decode(whole_text[0, 8])
+    cut = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **settings)
+    assert stop and cut.shape[1] <= 9 and cut[0].tolist() == whole_text[0, : cut.shape[1]].tolist()
+
+
+def test_speculation_of_texts_is_refused_where_images_are_drawn(model):
+    for name, value in (("assistant_model", tiny_model(1)), ("prompt_lookup_num_tokens", 2)):
+        with pytest.raises(ValueError, match=f"{name} is for text, but generation_mode is 'image'"):
+            model.generate(torch.tensor([[1, 20, BOI]]), generation_mode="image", **{name: value})
+
+
+def test_lists_and_pixels_as_bytes_are_an_error(model):
+    with pytest.raises(ValueError, match="must be tensors, got list"):
+        model.generate([[1, 20]])
+    with pytest.raises(ValueError, match="normalised floats, got torch.uint8"):
+        model(torch.tensor([[BOI, EOI]]), pixel_values=torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
 def test_ids_and_masks_that_cannot_be_are_an_error(model):

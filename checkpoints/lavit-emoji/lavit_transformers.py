@@ -184,7 +184,7 @@ CURRENT_FOLDER = -100
 def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder whose files become those of `folder` at the end; nothing changes if anything fails.
 
-    Files of `folder` that are not written anew stay, but for what belonged to those that are: shards and an index of
+    Files of `folder` that are not written again stay, but for what belonged to those that are: shards and an index of
     weights that are in one file now. A process that is killed leaves either the old files or the new ones: the two
     folders are swapped in one step. Where that cannot be (Windows, a mount point, the working directory), the index
     files are removed first and written last, so that what is half done does not load.
@@ -256,7 +256,7 @@ def _commit(stage: Path, folder: Path) -> None:
 
 
 def _stale(written: set[str], found: set[str]) -> set[str]:
-    """What belonged to files that are written anew, and does not any more."""
+    """What belonged to files that are written again, and does not any more."""
     stale = set()
     for name in written:
         path = Path(name)
@@ -708,11 +708,12 @@ class LavitVocabulary:
 
     Args:
         text_vocab_size: number of text ids; `[IMG]` and `[/IMG]` follow right above them.
-        codebook_size: number of codes; code `k` has the id `visual_offset + k`.
+        codebook_size: number of codes; code `k` has the id `visual_offset + k`. None where it is not known: then
+            every id from `visual_offset` on is a code.
     """
 
     text_vocab_size: int
-    codebook_size: int
+    codebook_size: int | None
 
     @property
     def boi_token_id(self) -> int:
@@ -731,11 +732,19 @@ class LavitVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of ids in all."""
+        """Number of ids in all.
+
+        Raises:
+            ValueError: the number of codes is not known.
+        """
+        if self.codebook_size is None:
+            raise ValueError("the number of codes is not known: give codebook_size")
         return self.visual_offset + self.codebook_size
 
     def is_code(self, ids):
         """Whether ids are codes of images: of a number a bool, of a tensor a bool tensor of its shape."""
+        if self.codebook_size is None:
+            return ids >= self.visual_offset
         if isinstance(ids, torch.Tensor):
             return (ids >= self.visual_offset) & (ids < self.size)
         return self.visual_offset <= ids < self.size
@@ -755,19 +764,20 @@ class LavitVocabulary:
         Raises:
             ValueError: there are ids among them that are no codes.
         """
-        self._check(ids, self.visual_offset, self.size, "ids of codes")
+        self._check(ids, self.visual_offset, None if self.codebook_size is None else self.size, "ids of codes")
         return ids - self.visual_offset
 
     @staticmethod
-    def _check(values, start: int, stop: int, name: str) -> None:
+    def _check(values, start: int, stop: int | None, name: str) -> None:
         if isinstance(values, torch.Tensor):
             if torch.compiler.is_compiling() or values.device.type == "meta" or not values.numel():
                 return
             low, high = int(values.min()), int(values.max())
         else:
             low = high = values
-        if low < start or high >= stop:
-            raise ValueError(f"{name} go from {start} to {stop - 1}, got {low} to {high}")
+        if low < start or (stop is not None and high >= stop):
+            end = "on" if stop is None else f"to {stop - 1}"
+            raise ValueError(f"{name} go from {start} {end}, got {low} to {high}")
 
 
 # -------- configuration_lavit.py
@@ -805,7 +815,7 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             they are lost.
         codebook_size, codebook_dim: number of codes and their dimension.
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
-            patch: as many tokens for any picture).
+            patch: as many tokens for any image).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
     """
 
@@ -909,10 +919,10 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
             `[/IMG]` and codes, and may be padded above that.
         visual_config: of the visual tokenizer.
         text_vocab_size: number of text ids; all other ids follow from it, see [`LavitVocabulary`].
-        share_understanding_merger: whether reading pictures uses the visual tokenizer's merger (checkpoints trained
+        share_understanding_merger: whether reading images uses the visual tokenizer's merger (checkpoints trained
             here) or one of its own (official checkpoints).
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
-            no pictures. Also an argument of `from_pretrained`.
+            no images. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
     """
 
@@ -1324,7 +1334,7 @@ class LavitDecodingLoop:
         generators: one per row; None for greedy search. A single generator in `joint_generator` instead draws all rows
             with one `torch.multinomial`, as the reference does.
         streamer: gets the prompt and then every step's ids.
-        restart_unconditional: whether the unconditional stream begins anew at every `[IMG]` that is written.
+        restart_unconditional: whether the unconditional stream starts again at every `[IMG]` that is written.
         drafter: proposes up to `draft_length` codes ahead of each forward, which verifies them all (arXiv 2311.08252).
             As the uniform number of every id to come is fixed, a code is kept if it is the one that would be drawn:
             what is written stays the same. A lone row does so: of several, all would wait for the slowest.
@@ -1363,6 +1373,7 @@ class LavitDecodingLoop:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        tokenizer=None,  # generate makes criteria of stop_strings with what a decoding method takes
         **model_kwargs,
     ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
         rows = len(input_ids) // (1 if self.guidance_scale is None else 2)
@@ -1500,7 +1511,7 @@ class LavitDecodingLoop:
         return input_ids[streams]
 
     def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
-        """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""
+        """Where `[IMG]` was just written, its unconditional stream starts again, with that id alone at position 0."""
         begins = (ids == self.vocabulary.boi_token_id).unsqueeze(1)
         mask, positions = model_kwargs["attention_mask"].clone(), model_kwargs["position_ids"].clone()
         mask[len(ids) :, :-1].masked_fill_(begins, 0)
@@ -1779,7 +1790,7 @@ class LavitPositions:
             last = self.own.gather(1, (kept - 1).clamp_min(0).unsqueeze(1))
             if not bool((kept == kept[0]).all() and (last == length - 1).all()):
                 raise ValueError(
-                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start anew"
+                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start again"
                 )
             return LavitPositions(self.own[:, : int(kept[0])], self.mask[:, :length])
         further = torch.arange(self.mask.shape[1], length, device=self.own.device).expand(len(self.own), -1)
@@ -2249,6 +2260,9 @@ class LavitGenerationSettingsMixin:
             raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
         if mode == "interleaved" and reference_compat:
             raise ValueError("the reference has no interleaved mode to be compatible with")
+        speculation = ("assistant_model", "prompt_lookup_num_tokens")
+        if mode != "text" and (given := [name for name in speculation if kwargs.get(name) is not None]):
+            raise ValueError(f"{given[0]} is for text, but generation_mode is {mode!r}: images have draft_length")
         if mode == "image" and kwargs.get("max_length") is not None:
             raise ValueError("in image mode max_image_tokens limits the length, not max_length")
 
@@ -2438,7 +2452,7 @@ class LavitTokenOutputMixin:
 
     @torch.no_grad()
     def decode_image_tokens(self, ids: torch.LongTensor) -> list:
-        """What `generate(generation_mode="image")` returned, (rows, L) ids, as a image for every row.
+        """What `generate(generation_mode="image")` returned, (rows, L) ids, as an image for every row.
 
         Everything that is no code is dropped, and so are padding and what follows `[/IMG]`. Without a pixel decoder
         ([`set_pixel_decoder`]) the codes are returned: a list of 1-D tensors.
@@ -2593,6 +2607,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return write(prompt, config, drawn, call)
 
     def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"ids, masks and pixels must be tensors, got {type(tensor).__name__}: "
+                'ask the processor for return_tensors="pt"'
+            )
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
 
@@ -3548,6 +3567,10 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}: let the image processor make them"
+            )
         if torch.compiler.is_compiling() or pixel_values.is_meta:
             return
         if not bool(pixel_values.isfinite().all()):
@@ -5225,7 +5248,7 @@ ABBREVIATION = re.compile(
 
 
 class LavitPostProcessingMixin(ProcessorMixin):
-    """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id` and `visual_offset`."""
+    """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id`, `visual_offset` and `vocabulary`."""
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
         """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
@@ -5309,7 +5332,8 @@ class LavitPostProcessingMixin(ProcessorMixin):
 
     def _codes_of(self, ids: list[int]) -> torch.Tensor:
         ids = ids[: ids.index(self.eoi_token_id)] if self.eoi_token_id in ids else ids
-        return torch.tensor([i - self.visual_offset for i in ids if i >= self.visual_offset], dtype=torch.long)
+        codes = [self.vocabulary.codes_of(i) for i in ids if self.vocabulary.is_code(i)]
+        return torch.tensor(codes, dtype=torch.long)
 
     def _segments(self, ids: list[int], skip_special_tokens: bool, **kwargs) -> list[str | torch.Tensor]:
         segments, start = [], 0
@@ -5537,9 +5561,13 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 'extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"} '
                 f"(boi_token_id is {self.boi_token_id}, eoi_token_id is {self.eoi_token_id})"
             )
-        self.visual_offset = self.eoi_token_id + 1
+        self.visual_offset = self.vocabulary.visual_offset
         self.image_token_id = self.boi_token_id
         self.image_token_ids = [self.boi_token_id, self.eoi_token_id]
+
+    @property
+    def vocabulary(self) -> LavitVocabulary:
+        return LavitVocabulary(self.boi_token_id, self.codebook_size)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -5680,7 +5708,7 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 f"visual_tokens of prompt {prompt} go from {min(codes)} to {max(codes)}; they are codes, "
                 f"counted from 0{'' if highest is None else f' to {highest}'}, not ids of the language model"
             )
-        return [self.visual_offset + code for code in codes]
+        return [self.vocabulary.ids_of(code) for code in codes]
 
     def _encode(
         self, prompt: str, images: list[list[int]], number: int, mode: str, text_kwargs: dict

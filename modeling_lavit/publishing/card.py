@@ -2,7 +2,7 @@
 
 A card is made of what lies in the folder: configurations, headers of weights, `training.json` of a training run, and
 `evaluation/*.json`, the results of `lavit evaluate`. No figure is typed. A section that someone has changed, and
-metadata that someone has written, stay when the card is made anew; so every section ends with a mark of its text.
+metadata that someone has written, stay when the card is generated again; every section ends with a mark of its text.
 """
 
 import hashlib
@@ -115,7 +115,7 @@ def model_card(
 
 
 def merge_cards(theirs: str, ours: str) -> str:
-    """A card made anew, with what was changed in the one that is there.
+    """A card generated again, with what was changed in the one that is there.
 
     Args:
         theirs: the card that is there. Sections without a mark, or that differ from it, are someone's own, as are
@@ -138,8 +138,8 @@ def merge_cards(theirs: str, ours: str) -> str:
     for section in _sections(HEAD.sub("", theirs)):
         mark = MARKED.search(section)
         is_made = mark is not None and mark[1] == _digest(MARKED.sub("", section))
-        made_anew = new.pop(_title(section), None)
-        merged.append((made_anew if is_made and made_anew else section).strip())
+        made_again = new.pop(_title(section), None)
+        merged.append((made_again if is_made and made_again else section).strip())
     merged += [section.strip() for section in new.values()]
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000).strip()
     return f"---\n{head}\n---\n\n" + "\n\n".join(merged) + "\n"
