@@ -186,7 +186,6 @@ class LavitDecodingLoop:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        tokenizer=None,  # generate makes criteria of stop_strings with what a decoding method takes
         **model_kwargs,
     ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
         rows = len(input_ids) // (1 if self.guidance_scale is None else 2)

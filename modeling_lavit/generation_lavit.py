@@ -7,7 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
@@ -271,6 +277,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     ) -> torch.LongTensor | GenerateOutput:
         """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
         if loop is not None:
+            tokenizer = call.pop("tokenizer", None)
+            if config.stop_strings is not None and tokenizer is not None:
+                # transformers hands a tokenizer to its own decoding methods alone
+                call["stopping_criteria"].append(StopStringCriteria(tokenizer, config.stop_strings))
+                config.stop_strings = None
             return super().generate(generation_config=config, custom_generate=loop, **call)
         sampling = self._chosen(config, "do_sample")
         seeded = drawn.global_generators(self.device) if sampling else nullcontext()

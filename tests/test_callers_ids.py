@@ -379,13 +379,13 @@ def test_settings_out_of_range_are_an_error_that_names_them(model, mode, name, v
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_a_text_ends_at_a_stop_string_however_it_is_written(model, do_sample):
     tokenizer, ids = tiny_tokenizer(), torch.tensor([[1, 20, BOI, EOI, 30]])
-    settings = {"pixel_values": tiny_images(1), "max_new_tokens": 8, "eos_token_id": None, "do_sample": do_sample}
-    settings["generator"] = seeded(0) if do_sample else None
-    whole_text = model.generate(ids, **settings)
-    settings["generator"] = seeded(0) if do_sample else None
-    stop = tokenizer.decode(whole_text[0, 8])
-    cut = model.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **settings)
-    assert stop and cut.shape[1] <= 9 and cut[0].tolist() == whole_text[0, : cut.shape[1]].tolist()
+    settings = {"pixel_values": tiny_images(1), "max_new_tokens": 8, "do_sample": do_sample}
+    settings["prefix_allowed_tokens_fn"] = lambda row, ids: list(range(262, 300))  # no bytes
+    uncut = model.generate(ids, generator=seeded(0), **settings)
+    stop = tokenizer.decode(uncut[0, 8]).strip()
+    cut = model.generate(ids, generator=seeded(0), stop_strings=[stop], tokenizer=tokenizer, **settings)
+    assert stop and 5 < cut.shape[1] <= 9 < uncut.shape[1]
+    assert cut[0].tolist() == uncut[0, : cut.shape[1]].tolist()
 
 
 def test_speculation_of_texts_is_refused_where_images_are_drawn(model):

@@ -127,6 +127,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    StopStringCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -1373,7 +1374,6 @@ class LavitDecodingLoop:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        tokenizer=None,  # generate makes criteria of stop_strings with what a decoding method takes
         **model_kwargs,
     ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
         rows = len(input_ids) // (1 if self.guidance_scale is None else 2)
@@ -2719,6 +2719,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     ) -> torch.LongTensor | GenerateOutput:
         """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
         if loop is not None:
+            tokenizer = call.pop("tokenizer", None)
+            if config.stop_strings is not None and tokenizer is not None:
+                # transformers hands a tokenizer to its own decoding methods alone
+                call["stopping_criteria"].append(StopStringCriteria(tokenizer, config.stop_strings))
+                config.stop_strings = None
             return super().generate(generation_config=config, custom_generate=loop, **call)
         sampling = self._chosen(config, "do_sample")
         seeded = drawn.global_generators(self.device) if sampling else nullcontext()
