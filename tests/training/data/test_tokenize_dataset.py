@@ -161,9 +161,10 @@ def test_other_settings_are_refused_in_a_folder_that_was_begun(source, checkpoin
     assert contents(whole) == before
 
 
-def test_the_visual_tokenizer_of_stage_one_is_a_model_too(source, checkpoint, whole, tmp_path):
-    tiny_model().model.visual_tokenizer.save_pretrained(tmp_path / "visual_tokenizer")
-    model = str(tmp_path / "visual_tokenizer")
+@pytest.mark.parametrize("name", ["final", "final/visual_tokenizer"])
+def test_a_result_of_stage_one_is_a_model_too(source, checkpoint, whole, tmp_path, name):
+    tiny_model().model.visual_tokenizer.save_pretrained(tmp_path / "final" / "visual_tokenizer")
+    model = str(tmp_path / name)
     assert tokenize(*source, *SIZES, "--output", str(tmp_path / "tokens"), "--model", model) == 0
     expected, found = contents(whole), contents(tmp_path / "tokens")
     assert (
