@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pixel-decoder",
         choices=("highres", "lowres", "both", "none"),
-        help="which decoders to convert; of both, the smaller one is in OUT_DIR/lowres (default: those that are there)",
+        help="which decoders to convert; of both, the smaller one is in OUT_DIR/lowres (default: those present)",
     )
     parser.add_argument("--push-to", metavar="REPO", help="also upload the folder to this repository on the Hub")
     parser.add_argument(

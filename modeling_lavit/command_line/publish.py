@@ -27,7 +27,7 @@ def add_commands(add):
         "verify",
         verify,
         "say whether the code in a folder or repository is this package's own",
-        "Reads the code that trust_remote_code=True would run, without running it; exit code 1 if it is not the package's.",
+        "Reads the code that trust_remote_code=True would run, without running it. Exit code 1 if it is not our own.",
         "lavit verify me/mine",
         loads_model=False,
     )
