@@ -8,7 +8,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-versions test-extras test-peers test-serve test-app bench generate images style docs
+.PHONY: help demo test test-versions test-extras test-peers test-serve test-app bench generate images style types docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
@@ -21,7 +21,7 @@ help:
 	@echo "make images  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
 	@echo "make generate  set up, then write the code and the card of the embedded checkpoint again"
-	@echo "make style   set up, then check the style"
+	@echo "make style   set up, then check the style and the types (make types: these alone)"
 
 demo: export OMP_NUM_THREADS ?= 1
 demo: export HF_HUB_OFFLINE := 1
@@ -107,6 +107,16 @@ generate: $(INSTALLED)
 style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# pyright follows no import hook: links give it the folders by the names that setup.py gives them
+NAMES := $(VENV)/names/modeling_lavit
+types: $(INSTALLED)
+	@mkdir -p $(NAMES); \
+	for folder in processing conversion training evaluation checkpoints; do \
+	    ln -sfn ../../../$$folder $(NAMES)/$$folder; \
+	done
+	$(BIN)/pyright
 
 # torch first and alone: the one package with several builds of a version; pip's own settings choose the build
 $(INSTALLED): constraints.txt setup.py

@@ -5,6 +5,8 @@ Defaults are the sizes of the official LaVIT-7B checkpoints (arXiv 2309.04669).
 
 from .compat_lavit import ALLOWED_VERSIONS as _  # noqa: F401  # isort: skip  (first: it checks the versions)
 
+from typing import TYPE_CHECKING, Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -155,10 +157,17 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
     model_type = "lavit"
     # what tools ask composite models for
     attribute_map = {"vision_config": "visual_config"}
-    sub_configs = {"text_config": AutoConfig, "visual_config": LavitVisualTokenizerConfig}
+    sub_configs = {  # pyright: ignore[reportAssignmentType]
+        "text_config": AutoConfig,
+        "visual_config": LavitVisualTokenizerConfig,
+    }
 
-    text_config: dict | PreTrainedConfig | None = None
-    visual_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what is there once the config is made
+        text_config: PreTrainedConfig | Any = None
+        visual_config: LavitVisualTokenizerConfig | Any = None
+    else:  # what may be given
+        text_config: dict | PreTrainedConfig | None = None
+        visual_config: dict | PreTrainedConfig | None = None
     text_vocab_size: int = 32000
     share_understanding_merger: bool = False
     generation_only: bool = False

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
@@ -25,13 +25,16 @@ from .outputs_lavit import LavitTokenOutputMixin
 from .slots_lavit import pad, unpad
 
 
+MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
+
+
 class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
     """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
 
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
@@ -50,7 +53,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         gumbel_noise: torch.Tensor | None = None,
         streamer: BaseStreamer | None = None,
         **kwargs,
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
         """Writes text, an image's visual tokens, or both.
 
         Args:
@@ -115,7 +118,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS + PIPELINE_SETTINGS}
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
         scales = (guidance_scale, config.guidance_scale, defaults["guidance_scale"], 1.0)
-        guidance_scale = next(scale for scale in scales if scale is not None)
+        chosen_scale = next(scale for scale in scales if scale is not None)
         unset = {name: value for name, value in preset.items() if getattr(config, name) is None}
         call = config.update(**(unset | kwargs))
         config.guidance_scale = 1.0
@@ -145,21 +148,20 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                     f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
                 )
             # pipelines set this general limit; [/IMG] counts in it
-            limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
+            least, most = limits
+            limits = min(least, config.max_new_tokens - 1), min(most, config.max_new_tokens - 1)
         draft_length = self._draft_length(
             draft_length, defaults["draft_length"], generation_mode, config, reference_compat
         )
-        return self._generate_images(
-            prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
-        )
+        return self._generate_images(prompt, generation_mode, config, chosen_scale, limits, drawn, call, draft_length)
 
-    def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def _on_device(self, tensor: MaybeTensor) -> MaybeTensor:
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
 
     def _generate_text(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
         vocabulary = self.config.vocabulary
         if drawn.reference_compat or "assistant_model" in call:
             # an assistant's own forward knows no logit_range
@@ -215,7 +217,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         }
         rows_of_prompt = self._chosen(config, "num_return_sequences") or 1
         if filled.cache is not None:
-            filled.take_cache(max(rows_of_prompt, self._beams(config)))
+            filled.take_cache(filled.cache, max(rows_of_prompt, self._beams(config)))
             call[CACHE_NAME] = filled.cache
         max_length = self._chosen(config, "max_length")
         if config.max_new_tokens is None and max_length is not None:
@@ -228,7 +230,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             config.min_length += filled.added
         filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
 
-    def _begin_text(self, config: GenerationConfig) -> torch.LongTensor:
+    def _begin_text(self, config: GenerationConfig) -> torch.Tensor:
         """The prompt of a call without one, as in transformers: the id that begins texts."""
         bos_token_id = self._chosen(config, "bos_token_id")
         if bos_token_id is None:
@@ -237,17 +239,18 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
 
     def _generate_each(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """Sampled beams with a generator for each prompt: a beam search a prompt, which draws from its own."""
         if prompt.input_ids is None or prompt.cache is not None or config.return_dict_in_generate:
             raise ValueError("sampled beams with a list of generators need input_ids, and return ids alone")
-        if len(drawn.generator) != len(prompt.input_ids):
+        generators = drawn.generator if isinstance(drawn.generator, list | tuple) else []
+        if len(generators) != len(prompt.input_ids):
             raise ValueError(
-                f"{len(drawn.generator)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
+                f"{len(generators)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
                 "take one, or one for each prompt"
             )
         parts = []
-        for one, generator in zip(prompt.split(self.config.vocabulary), drawn.generator, strict=True):
+        for one, generator in zip(prompt.split(self.config.vocabulary), generators, strict=True):
             own = LavitDraw(generator, None, drawn.reference_compat)
             parts.append(self._generate_text(one, copy.deepcopy(config), own, dict(call)))
         rows = [row for part in parts for row in part]
@@ -255,14 +258,14 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
 
     def _run(
         self, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw, loop: LavitDecodingLoop | None
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
         """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
         if loop is not None:
-            return super().generate(generation_config=config, custom_generate=loop, **call)
+            return super().generate(generation_config=config, custom_generate=loop, **call)  # pyright: ignore[reportAttributeAccessIssue]
         sampling = self._chosen(config, "do_sample")
         seeded = drawn.global_generators(self.device) if sampling else nullcontext()
         with seeded:
-            return super().generate(generation_config=config, streamer=drawn.streamer, **call)
+            return super().generate(generation_config=config, streamer=drawn.streamer, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _generate_images(
         self,
@@ -274,7 +277,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         drawn: LavitDraw,
         call: dict[str, Any],
         draft_length: int,
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
         image_mode, beams = generation_mode == "image", self._beams(config)
         if image_mode:
             prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
@@ -359,9 +362,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     def _unconditional_rows(
         self,
         filled: LavitFilledPrompt,
-        negative_ids: torch.LongTensor | None,
-        negative_mask: torch.LongTensor | None,
-    ) -> list[torch.LongTensor]:
+        negative_ids: torch.Tensor | None,
+        negative_mask: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
         """What the unconditional streams begin with: the image under way from its `[IMG]` on, or a negative prompt.
 
         Outside an image they are not looked at.
@@ -379,8 +382,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
 
     def tokenize_prompt(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         **selection,
     ) -> list[list[int]]:
@@ -391,8 +394,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             pixel_values: (images, 3, H, W), one per slot.
             selection: see `LavitVisualTokenizer.select`.
         """
-        tensors = (self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values))
-        filled = fill_prompt(self, LavitPrompt(*tensors, selection), 0, discrete=True)
+        move = self._on_device
+        prompt = LavitPrompt(move(input_ids), move(attention_mask), move(pixel_values), selection)
+        filled = fill_prompt(self, prompt, 0, discrete=True)
         return [row.tolist() for row in unpad(filled.input_ids, filled.attention_mask)]
 
     def generate_batch(
@@ -413,16 +417,19 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             raise ValueError(f"generation_mode of generate_batch must be 'text' or 'image', got {generation_mode!r}")
         vocabulary = self.config.vocabulary
         config = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
-        config.allowed_ids = (0, vocabulary.boi_token_id)
+        allowed_ids = (0, vocabulary.boi_token_id)
         if generation_mode == "image":
-            config.allowed_ids = (vocabulary.eoi_token_id, vocabulary.size)
+            allowed_ids = (vocabulary.eoi_token_id, vocabulary.size)
             config.eos_token_id = vocabulary.eoi_token_id
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
+        config.allowed_ids = allowed_ids  # pyright: ignore[reportAttributeAccessIssue]
         return super().generate_batch(inputs, generation_config=config, **kwargs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # transformers wants a protocol here that its own models do not fill, as in `generate`
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         # continuous batching takes no processors but those of its config
-        if hasattr(generation_config, "allowed_ids"):
-            processors.insert(0, LavitRangeLogitsProcessor(generation_config.allowed_ids))
+        allowed_ids = getattr(generation_config, "allowed_ids", None)
+        if allowed_ids is not None:
+            processors.insert(0, LavitRangeLogitsProcessor(allowed_ids))
         return processors

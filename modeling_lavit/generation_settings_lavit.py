@@ -1,10 +1,10 @@
 """Settings of generate(): modes, presets with the reference's defaults, limits, and what cannot be."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -40,7 +40,7 @@ IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "dra
 PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 
 
-class LavitGenerationSettingsMixin:
+class LavitGenerationSettingsMixin(PreTrainedModel if TYPE_CHECKING else object):
     """Finds out what a call, its preset and the model's generation config say together."""
 
     def _check_mode(self, mode: str, image_settings: dict[str, Any], reference_compat: bool, kwargs: dict) -> None:
@@ -66,8 +66,8 @@ class LavitGenerationSettingsMixin:
         self, least: int | None, most: int | None, defaults: dict[str, Any], reference_compat: bool = False
     ) -> tuple[int, int]:
         if reference_compat:
-            limits = ((least, "min_image_tokens"), (most, "max_image_tokens"))
-            return tuple(defaults[name] if given is None else given for given, name in limits)
+            low = defaults["min_image_tokens"] if least is None else least
+            return low, defaults["max_image_tokens"] if most is None else most
         if least is not None and most is not None and least > most:
             raise ValueError(f"min_image_tokens {least} is above max_image_tokens {most}")
         if (least is not None and least < 0) or (most is not None and most < 1):

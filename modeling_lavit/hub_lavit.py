@@ -13,7 +13,9 @@ the package does. So no code is needed in the components' folders, and the model
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 import transformers
@@ -73,7 +75,7 @@ def load_without_flag(pipeline):
     transformers' Auto classes have this rule (a registered class wins over a repository's code); diffusers has no
     registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
     """
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline  # pyright: ignore[reportArgumentType]
     base, auto = diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image
     load, load_config = base.from_pretrained.__func__, auto.load_config.__func__
     named = [DIFFUSERS_CODE, pipeline.__name__]
@@ -96,8 +98,8 @@ def load_without_flag(pipeline):
         config = load_config(cls, *args, **kwargs)
         return {**config, "_class_name": named[1]} if config.get("_class_name") == named else config
 
-    base.from_pretrained = classmethod(from_pretrained)
-    auto.load_config = classmethod(load_plain_config)
+    base.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
+    auto.load_config = classmethod(load_plain_config)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read_index(source: str | os.PathLike, **where) -> dict:
@@ -115,7 +117,7 @@ def read_index(source: str | os.PathLike, **where) -> dict:
     return read_json_object(folder / INDEX)
 
 
-class LavitLoadingMixin:
+class LavitLoadingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object):
     """Loads a pipeline: fetches what is used alone, and looks at the files before anything is built."""
 
     @classmethod
@@ -242,10 +244,10 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
                 read_weight_map(file)
         files = [file for file in weights if weights_of(file.name)[1] == (variant and f".{variant}")]
         shapes = read_shapes([file for file in files if file.suffix == ".safetensors"], part)
-        model_class = getattr(diffusers, index[name][1], None)
-        if shapes is None or "quantization_config" in config or not hasattr(model_class, "from_config"):
+        build = getattr(getattr(diffusers, index[name][1], None), "from_config", None)
+        if shapes is None or "quantization_config" in config or build is None:
             continue
-        model = build_on_meta(lambda: model_class.from_config(config), config, len(shapes), part)  # noqa: B023
+        model = build_on_meta(partial(build, config), config, len(shapes), part)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         wrong = wrong_shapes(expected, shapes)
         if wrong:

@@ -33,11 +33,12 @@ class LavitDetokenizerOutput(ModelOutput):
         hidden_states: the queries (B, N, C) before the first layer and after each one, where they were asked for.
     """
 
-    prompt_embeds: torch.FloatTensor | None = None
-    pooled_prompt_embeds: torch.FloatTensor | None = None
-    attention_mask: torch.BoolTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor | None, ...] | None = None
+    # `ModelOutput` wants a default
+    prompt_embeds: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    pooled_prompt_embeds: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
 
 
 class LavitAttentionPool(nn.Module):
@@ -167,14 +168,14 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        codes: torch.LongTensor,
-        lengths: torch.LongTensor,
+        codes: torch.Tensor,
+        lengths: torch.Tensor,
         output_hidden_states: bool | list[int] | None = None,
     ) -> LavitDetokenizerOutput:
         """
         Args:
-            codes: (sum of lengths,) in 0 … K-1, image after image.
-            lengths: (B,), 1 … `num_queries` each.
+            codes: (sum of lengths,) int64 in 0 … K-1, image after image.
+            lengths: (B,) int64, 1 … `num_queries` each.
             output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
                 config says.
 

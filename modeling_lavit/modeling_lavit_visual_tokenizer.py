@@ -3,6 +3,8 @@
 Legend: B images, N patches, C width, K codes in the codebook, D their dimension, n kept patches of one image.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -49,16 +51,14 @@ class LavitTokenSelector(nn.Module):
             return F.log_softmax(self.out_proj(hidden).float(), dim=-1)
 
 
-def gather_rows(
-    hidden_states: torch.Tensor, chosen: torch.BoolTensor
-) -> tuple[torch.Tensor, torch.BoolTensor, torch.LongTensor]:
+def gather_rows(hidden_states: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The chosen rows of every image in order, padded to the most that one image has.
 
     Args:
-        hidden_states: (B, N, C). chosen: (B, N).
+        hidden_states: (B, N, C). chosen: (B, N) bool.
 
     Returns:
-        rows (B, R, C), which of them are no padding (B, R), and their places (B, R).
+        rows (B, R, C), which of them are no padding (B, R) bool, and their places (B, R) int64.
     """
     places = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
     return take_rows(hidden_states, places), chosen.gather(1, places), places
@@ -96,10 +96,11 @@ class LavitTokenMerger(nn.Module):
         kept = keep_mask.bool()
         mask = keep_mask if keep_mask.is_floating_point() else kept.to(features.dtype)
         merge = self._merge_kept if self.config.kept_only or not self.config.attention_epsilon else self._merge_all
-        with mixed_precision(self.norm, self.layers[0].mlp.fc1, features.device):
+        first: Any = self.layers[0]
+        with mixed_precision(self.norm, first.mlp.fc1, features.device):
             return merge(features, kept, mask)
 
-    def _merge_all(self, features: torch.Tensor, kept: torch.BoolTensor, mask: torch.Tensor) -> torch.Tensor:
+    def _merge_all(self, features: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         context = self.context_norm(features)
         cross_allowed = 1 - mask[:, None, None]
         diagonal = torch.eye(features.shape[1], dtype=mask.dtype, device=mask.device)
@@ -111,7 +112,7 @@ class LavitTokenMerger(nn.Module):
         hidden_states = self.layers[-1](hidden_states, context, self_allowed[:, None], cross_allowed, rows=places)
         return self.norm(hidden_states[is_kept])
 
-    def _merge_kept(self, features: torch.Tensor, kept: torch.BoolTensor, mask: torch.Tensor) -> torch.Tensor:
+    def _merge_kept(self, features: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden_states, is_kept, places = gather_rows(features, kept)
         earlier = torch.ones(places.shape[1], places.shape[1], dtype=mask.dtype, device=mask.device)
         if self.config.merger_is_causal:
@@ -167,7 +168,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
     config_class = LavitVisualTokenizerConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
     _no_split_modules = ["LavitLayer", "Blip2EncoderLayer"]
     _keep_in_fp32_modules_strict = [
@@ -214,7 +215,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             ValueError: pixels of another shape, or that are NaN or infinite.
         """
         self._check_pixels(pixel_values)
-        first = self.encoder.encoder.layers[0]
+        first: Any = self.encoder.encoder.layers[0]
         with mixed_precision(first.layer_norm1, first.mlp.fc1, pixel_values.device):
             embeddings = self.encoder.embeddings(pixel_values.to(self.encoder.dtype))
             embeddings = embeddings.to(first.layer_norm1.weight.dtype)
@@ -239,7 +240,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         keep: float | int | str | None = None,
         target_quality: float | None = None,
         detokenizer: PreTrainedModel | None = None,
-    ) -> tuple[torch.BoolTensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decides which patches are kept; at least one of every image.
 
         Args:
@@ -269,8 +270,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             raise ValueError("give one of keep_ratio, keep and target_quality")
         if target_quality is not None:
             return keep_for_quality(self, features, log_probs, target_quality, detokenizer), log_probs
-        if keep_ratio is not None or keep is not None:
-            return keep_best(log_probs, keep if keep_ratio is None else float(keep_ratio)), log_probs
+        dial = keep if keep_ratio is None else float(keep_ratio)
+        if dial is not None:
+            return keep_best(log_probs, dial), log_probs
         if selection == "all":
             return torch.ones(batch, patches, dtype=torch.bool, device=log_probs.device), log_probs
         scores = log_probs
@@ -283,9 +285,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
                 raise ValueError("gumbel_noise holds NaN or infinite values")
             scores = log_probs + gumbel_noise.to(log_probs)
         margin = scores[..., 0] - scores[..., 1]
-        keep = margin >= 0
+        kept = margin >= 0
         best = F.one_hot(margin.argmax(1), patches).bool()
-        return keep | (best & ~keep.any(1, keepdim=True)), log_probs
+        return kept | (best & ~kept.any(1, keepdim=True)), log_probs
 
     def _draw_noise(self, batch: int, patches: int, generator) -> torch.Tensor:
         if generator is None:

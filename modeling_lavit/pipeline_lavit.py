@@ -36,7 +36,7 @@ from .denoising_lavit import DecodingUNet, LavitDenoiser
 from .hub_lavit import LavitLoadingMixin
 from .pipeline_saving_lavit import LavitSavingMixin
 from .pixels_lavit import LavitPixelsMixin, load_pixel_decoder
-from .prompts_lavit import Prompt, as_batch
+from .prompts_lavit import Part, Prompt, as_batch
 from .tokens_lavit import LavitTokensMixin
 from .visual_tokens_lavit import LavitVisualTokens
 
@@ -144,9 +144,10 @@ class LavitPipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs the feature_extractor that prepares its input")
-        if processor and model and processor.boi_token_id != model.config.vocabulary.boi_token_id:
+        boi_token_id = getattr(processor, "boi_token_id", None)
+        if processor and model and boi_token_id != model.config.vocabulary.boi_token_id:
             raise ValueError(
-                f"the processor's [IMG] has the id {processor.boi_token_id}, the model's is "
+                f"the processor's [IMG] has the id {boi_token_id}, the model's is "
                 f"{model.config.vocabulary.boi_token_id}: of different checkpoints, or tokenizer.json is missing"
             )
         self.register_modules(
@@ -175,7 +176,7 @@ class LavitPipeline(
                 "default_decoder_guidance_scale": default_decoder_guidance_scale,
             },
         )
-        self.default_size = None
+        self.default_size: tuple[int, int] | Any = None  # without a pixel decoder
         if detokenizer and unet:
             self.vae_scale_factor = detokenizer.config.vae_scale_factor
             sample_size = unet.config.sample_size
@@ -214,7 +215,7 @@ class LavitPipeline(
         """
         # given by name they may be of any class; the base class compares theirs with one
         own = {name: pipeline.components[name] for name in ("unet", "vae") if name in pipeline.components}
-        return super().from_pipe(pipeline, **{**own, **kwargs})
+        return super().from_pipe(pipeline, **{**own, **kwargs})  # pyright: ignore[reportReturnType]
 
     def check_inputs(
         self,
@@ -284,7 +285,7 @@ class LavitPipeline(
         num_candidates: int = 1,
         reranker: Reranker | None = None,
         **token_kwargs,
-    ) -> LavitPipelineOutput | tuple:
+    ) -> LavitPipelineOutput | Any:
         """Draws.
 
         Args:
@@ -334,18 +335,19 @@ class LavitPipeline(
         )
         check_candidates(num_candidates, reranker, prompt, output_type)
         num_images_per_prompt *= num_candidates
+        prompts: list[list[Part]] = []
         if visual_tokens is not None:
             visual_tokens = as_visual_tokens(visual_tokens)
             num_images = len(visual_tokens.lengths) * num_images_per_prompt
         else:
-            prompt = as_batch(prompt)
-            num_images = len(prompt) * num_images_per_prompt
+            prompts = as_batch(prompt)
+            num_images = len(prompts) * num_images_per_prompt
         generator = as_generators(generator, num_images)
         check_scale("eta", eta, "0 means none")
         check_pair("original_size", original_size)
         check_pair("crops_coords_top_left", crops_coords_top_left)
         check_pair("target_size", target_size)
-        size = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
+        size: tuple[int, int] = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
         height, width = height or size[0], width or size[1]
         if latents is not None:
             check_latents(latents, self.latents_shape(num_images, height, width))
@@ -353,7 +355,7 @@ class LavitPipeline(
         with self._calls.begin(one_at_a_time=self._takes_turns) as call:
             if visual_tokens is None:
                 visual_tokens = self.generate_visual_tokens(
-                    prompt, num_images_per_prompt=num_images_per_prompt, generator=generator, **token_kwargs
+                    prompts, num_images_per_prompt=num_images_per_prompt, generator=generator, **token_kwargs
                 )
                 num_images_per_prompt = 1
             conditions, mask = self.encode_visual_tokens(visual_tokens, num_images_per_prompt)
@@ -361,9 +363,10 @@ class LavitPipeline(
                 latents = self.prepare_latents(num_images, height, width, generator)
             # LoRA's scale is set in the UNet's layers for the time of a call
             lock = self._calls.turn if getattr(self.unet, "peft_config", None) else None
-            unet = DecodingUNet(self.unet, num_images, mask, tuple(decoder_guidance_interval), lock)
+            start, stop = decoder_guidance_interval
+            unet = DecodingUNet(self.unet, num_images, mask, (start, stop), lock)
             denoiser = LavitDenoiser.of(self, call, unet)
-            latents = denoiser(
+            denoised = denoiser(
                 **conditions,
                 height=height,
                 width=width,
@@ -383,14 +386,19 @@ class LavitPipeline(
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             ).images
-            images, flags = latents, None
+            images, flags = denoised, None
             if output_type != "latent":
-                images, flags = self.run_safety_checker(self.decode_latents(latents))
+                images, flags = self.run_safety_checker(self.decode_latents(denoised))
                 images = self.image_processor.postprocess(images.float(), output_type=output_type)
             self.maybe_free_model_hooks()
         if reranker is not None:
             images, visual_tokens, flags = keep_best_candidates(
-                reranker, num_candidates, prompt, images, visual_tokens, flags
+                reranker,
+                num_candidates,
+                prompts,
+                images,  # pyright: ignore[reportArgumentType]
+                visual_tokens,
+                flags,
             )
         if not return_dict:
             return images, visual_tokens, flags

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 
@@ -33,7 +34,7 @@ TEXT_TO_IMAGE = {
 }
 
 
-class LavitSavingMixin:
+class LavitSavingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object):
     """Saves and uploads a pipeline as one folder."""
 
     def save_pretrained(

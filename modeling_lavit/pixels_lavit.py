@@ -1,10 +1,10 @@
 """The second stage of [`LavitPipeline`], step by step: visual tokens to conditions, noise, and latents to images."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -24,7 +24,7 @@ LOADING_OPTIONS = (
 )
 
 
-class LavitPixelsMixin:
+class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
     """What stands before and behind the denoising loop."""
 
     def enable_vae_slicing(self):

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
@@ -67,7 +68,11 @@ def push_folder(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            where = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message or "Upload LaVIT"}
+            where: dict[str, Any] = {
+                "repo_id": repo_id,
+                "revision": revision,
+                "commit_message": commit_message or "Upload LaVIT",
+            }
             card = make_card(Path(source), repo_id)
             theirs = read_card(api, repo_id, revision)
             card = card if theirs is None else merge_cards(theirs, card)
@@ -76,7 +81,7 @@ def push_folder(
             file = Path(source) / README
             ours = file.read_text(encoding="utf-8") if file.is_file() else None
             ignored = IGNORED if card == ours else [*IGNORED, README]
-            commit = api.upload_folder(folder_path=source, create_pr=create_pr, ignore_patterns=ignored, **where)
+            commit = api.upload_folder(folder_path=Path(source), create_pr=create_pr, ignore_patterns=ignored, **where)
             if card not in (ours, theirs):
                 # the folder stays as it is, its card with the repository's name and edits does not
                 where["revision"] = commit.pr_revision or revision
@@ -126,6 +131,6 @@ def _reason(error: HfHubHTTPError) -> str:
         429: "too many requests: try again later",
         507: "there is no space left on the account",
     }
-    reason = reasons.get(status, f"the Hub answers {status}")
+    reason = reasons.get(status or 0, f"the Hub answers {status}")
     said = " ".join((error.server_message or "").split())
     return f"{reason} (it says: {said})" if said else reason

@@ -56,9 +56,9 @@ class SavedWithCodeMixin:
         options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs} if push_to_hub else {}
         if kwargs.get("distributed_checkpoint") or kwargs.get("is_main_process") is False:
             # all processes write into one folder
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            return super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         with replaced_together(save_directory) as folder:
-            saved = super().save_pretrained(folder, *args, **kwargs)
+            saved = super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             self.save_extra_files(folder)
             if not is_stage(Path(save_directory).absolute()):
                 write_code(folder, self)
@@ -209,8 +209,8 @@ def find_auto_map(saved) -> dict[str, str]:
             if names & family.keys() and not auto_map:
                 auto_map = {auto: f"{TRANSFORMERS_CODE}.{name}" for name, autos in family.items() for auto in autos}
             autos = [auto for name in names & family.keys() for auto in family[name]]
-            if not is_ours(cls) and file_of(cls):
-                auto_map |= {auto: f"{file_of(cls).stem}.{cls.__name__}" for auto in autos}
+            if not is_ours(cls) and (file := file_of(cls)):
+                auto_map |= {auto: f"{file.stem}.{cls.__name__}" for auto in autos}
     return auto_map
 
 

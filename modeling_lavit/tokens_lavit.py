@@ -1,19 +1,24 @@
 """The first stage of [`LavitPipeline`]: prompts to visual tokens, by the language model, or images themselves."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks_lavit import as_generators, check_components, check_count, check_names, check_scale
+from .defaults_lavit import LavitDefaults
 from .denoising_lavit import TokenObserver
 from .prompts_lavit import Part, Prompt, as_batch, as_negative_texts
 from .visual_tokens_lavit import LavitVisualTokens
 
 
-class LavitTokensMixin:
+class LavitTokensMixin(DiffusionPipeline if TYPE_CHECKING else object):
     """What the language model and its visual tokenizer do for a pipeline."""
+
+    defaults: LavitDefaults
+    __call__: Callable[..., Any]
 
     @torch.no_grad()
     def generate_visual_tokens(
@@ -84,7 +89,7 @@ class LavitTokensMixin:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         device = self._execution_device
         running = self._calls.begin(one_at_a_time=self._takes_turns, join=True)
-        with running as call, self.progress_bar(total=max_image_tokens + 1) as progress_bar:
+        with running as call, self.progress_bar(total=max_image_tokens + 1) as progress_bar:  # pyright: ignore[reportCallIssue]
             progress_bar.set_description("visual tokens")
             observer = TokenObserver(progress_bar, call, callback_on_token)
             ids = _generate(
@@ -194,7 +199,7 @@ class LavitTokensMixin:
 
 
 @apply_forward_hook
-def _generate(model, **kwargs) -> torch.LongTensor:
+def _generate(model, **kwargs) -> torch.Tensor:
     return model.generate(**kwargs)
 
 

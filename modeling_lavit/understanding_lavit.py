@@ -18,14 +18,14 @@ class LavitImageFeatures(ModelOutput):
         last_hidden_state: (images, N, C), the encoder's features of all patches.
         pooler_output: what the language model reads of each image, (n, E) each.
         hidden_states, attentions: of the encoder, where they were asked for.
-        lengths: (images,), n of each.
+        lengths: (images,) int64, n of each.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    pooler_output: tuple[torch.Tensor, ...] = None  # pyright: ignore[reportAssignmentType]
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    lengths: torch.LongTensor | None = None
+    lengths: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
 
 
 class LavitUnderstanding(nn.Module):

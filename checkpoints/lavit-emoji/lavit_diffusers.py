@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -102,7 +103,8 @@ class RunningCall:
 
     def __init__(self):
         self.interrupted = False
-        self.denoiser = self.device = None
+        self.denoiser: Any = None
+        self.device: Any = None
         self._answers: dict[str, Any] = {}
 
     def ask(self, name: str) -> Any:
@@ -170,9 +172,10 @@ class RunningCalls:
             call.interrupted = value
 
 
-class LavitCallsMixin:
+class LavitCallsMixin(DiffusionPipeline if TYPE_CHECKING else object):
     """A pipeline's answers about the call of the thread that asks, and offloading that threads share by turns."""
 
+    _calls: RunningCalls
     _takes_turns = False
 
     @property
@@ -279,7 +282,8 @@ def check_count(name: str, value: Any):
 
 def check_scale(name: str, value: Any, none: str):
     """`none` says which values switch it off."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} must be a number from 0 on ({none}), got {value!r}")
 
 
@@ -398,12 +402,12 @@ Part = str | Image.Image | os.PathLike | io.IOBase | bytes | dict
 Prompt = Part | Iterable[Part] | Iterable[Iterable[Part]]
 
 
-def as_batch(prompt: Prompt) -> list[list[Part]]:
+def as_batch(prompt: Prompt | None) -> list[list[Part]]:
     """One list of text and images for each prompt, see [`split_batch`]."""
     return split_batch(prompt)[0]
 
 
-def split_batch(prompt: Prompt) -> tuple[list[list[Part]], bool]:
+def split_batch(prompt: Prompt | None) -> tuple[list[list[Part]], bool]:
     """One list of text and images for each prompt, and whether a batch was given (a list of one string is one).
 
     A collection of strings (a list, tuple, array, column or series) is a batch, and so is one of collections; any
@@ -415,8 +419,9 @@ def split_batch(prompt: Prompt) -> tuple[list[list[Part]], bool]:
     parts = [prompt] if _is_part(prompt) else _as_list(prompt)
     if not parts:
         raise ValueError(f"prompt must be a string, an image or a non-empty list of them, got {prompt!r:.80}")
-    inner = [None if _is_part(part) else _as_list(part) for part in parts]
-    if all(one is not None for one in inner):
+    inner = [one for part in parts if not _is_part(part) and (one := _as_list(part)) is not None]
+    prompts: list[list[Any]]
+    if len(inner) == len(parts):
         prompts, batch = inner, True
     elif all(isinstance(part, str) for part in parts):
         prompts, batch = [[part] for part in parts], parts[0] is not prompt
@@ -455,7 +460,8 @@ def _as_list(value: Any) -> list | None:
         return value.tolist() if value.ndim == 1 and value.dtype.kind in "UO" else None
     if isinstance(value, Mapping) or not isinstance(value, Iterable) or hasattr(value, "dtype"):
         # of what has a dtype, series hold prompts, and tensors numbers
-        return value.to_list() if hasattr(value, "to_list") else None
+        to_list = getattr(value, "to_list", None)
+        return None if to_list is None else to_list()
     return list(value)
 
 
@@ -591,7 +597,7 @@ def read_defaults(model, detokenizer, default_size: tuple[int, int] | None) -> L
         max_image_tokens=min(of_model("max_image_tokens", MAX_IMAGE_TOKENS), decoder.num_queries),
         num_inference_steps=decoder.default_num_inference_steps,
         decoder_guidance_scale=decoder.default_decoder_guidance_scale,
-        aspect_ratios={name: tuple(size) for name, size in aspect_ratios.items()},
+        aspect_ratios={name: (size[0], size[1]) for name, size in aspect_ratios.items()},
     )
 
 
@@ -621,12 +627,11 @@ class LavitDenoiser(StableDiffusionXLPipeline):
     @classmethod
     def of(cls, pipeline, call: RunningCall, unet) -> "LavitDenoiser":
         """For one call of `pipeline`, with a UNet in place of its own."""
+        # the base class does without where it is given embeddings
+        absent: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         denoiser = cls(
+            **absent,
             vae=pipeline.vae,
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=None,
-            tokenizer_2=None,
             unet=unet,
             scheduler=copy.deepcopy(pipeline.scheduler),
             add_watermarker=False,
@@ -649,14 +654,11 @@ class LavitDenoiser(StableDiffusionXLPipeline):
     def interrupt(self) -> bool:
         return self._interrupt or self._call.interrupted
 
-    def __call__(self, *args, callback_on_step_end: Callable | None = None, **kwargs):
-        callback = callback_on_step_end
-        if callback is not None and not isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-
-            def callback_on_step_end(*given):
-                return callback(*given) or {}
-
-        return super().__call__(*args, callback_on_step_end=callback_on_step_end, **kwargs)
+    def __call__(self, *args, callback_on_step_end: Callable | None = None, **kwargs) -> Any:
+        told: Any = callback_on_step_end
+        if told is not None and not isinstance(told, PipelineCallback | MultiPipelineCallbacks):
+            told = _with_dict(told)
+        return super().__call__(*args, callback_on_step_end=told, **kwargs)
 
     def progress_bar(self, iterable=None, total: int | None = None):
         return self._pipeline.progress_bar(iterable, total)
@@ -667,6 +669,15 @@ class LavitDenoiser(StableDiffusionXLPipeline):
         return super()._get_add_time_ids(
             original_size, crops_coords_top_left, target_size, torch.float32, text_encoder_projection_dim
         )
+
+
+def _with_dict(callback: Callable) -> Callable:
+    """A callback that may return None, as one that returns a dict."""
+
+    def called(*given):
+        return callback(*given) or {}
+
+    return called
 
 
 class DecodingUNet:
@@ -685,7 +696,8 @@ class DecodingUNet:
 
     def __init__(self, unet, images: int, mask: torch.Tensor | None, interval: tuple[float, float], lock=None):
         self._unet, self._images, self._mask, self._interval = unet, images, mask, interval
-        self._lock, self._step, self.scheduler = lock or nullcontext(), 0, None
+        self._lock, self._step = lock or nullcontext(), 0
+        self.scheduler: Any = None
 
     def __call__(self, sample: torch.Tensor, timestep, encoder_hidden_states, added_cond_kwargs, **kwargs):
         half = self._halves_alike() and len(sample) == 2 * self._images
@@ -783,7 +795,7 @@ def load_without_flag(pipeline):
     transformers' Auto classes have this rule (a registered class wins over a repository's code); diffusers has no
     registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
     """
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline  # pyright: ignore[reportArgumentType]
     base, auto = diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image
     load, load_config = base.from_pretrained.__func__, auto.load_config.__func__
     named = [DIFFUSERS_CODE, pipeline.__name__]
@@ -806,8 +818,8 @@ def load_without_flag(pipeline):
         config = load_config(cls, *args, **kwargs)
         return {**config, "_class_name": named[1]} if config.get("_class_name") == named else config
 
-    base.from_pretrained = classmethod(from_pretrained)
-    auto.load_config = classmethod(load_plain_config)
+    base.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
+    auto.load_config = classmethod(load_plain_config)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read_index(source: str | os.PathLike, **where) -> dict:
@@ -825,7 +837,7 @@ def read_index(source: str | os.PathLike, **where) -> dict:
     return read_json_object(folder / INDEX)
 
 
-class LavitLoadingMixin:
+class LavitLoadingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object):
     """Loads a pipeline: fetches what is used alone, and looks at the files before anything is built."""
 
     @classmethod
@@ -952,10 +964,10 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
                 read_weight_map(file)
         files = [file for file in weights if weights_of(file.name)[1] == (variant and f".{variant}")]
         shapes = read_shapes([file for file in files if file.suffix == ".safetensors"], part)
-        model_class = getattr(diffusers, index[name][1], None)
-        if shapes is None or "quantization_config" in config or not hasattr(model_class, "from_config"):
+        build = getattr(getattr(diffusers, index[name][1], None), "from_config", None)
+        if shapes is None or "quantization_config" in config or build is None:
             continue
-        model = build_on_meta(lambda: model_class.from_config(config), config, len(shapes), part)  # noqa: B023
+        model = build_on_meta(partial(build, config), config, len(shapes), part)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         wrong = wrong_shapes(expected, shapes)
         if wrong:
@@ -978,7 +990,7 @@ TEXT_TO_IMAGE = {
 }
 
 
-class LavitSavingMixin:
+class LavitSavingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object):
     """Saves and uploads a pipeline as one folder."""
 
     def save_pretrained(
@@ -1117,7 +1129,7 @@ LOADING_OPTIONS = (
 )
 
 
-class LavitPixelsMixin:
+class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
     """What stands before and behind the denoising loop."""
 
     def enable_vae_slicing(self):
@@ -1251,8 +1263,11 @@ def load_pixel_decoder(source: str | os.PathLike, folder: str, given: dict[str, 
 # The first stage of [`LavitPipeline`]: prompts to visual tokens, by the language model, or images themselves.
 
 
-class LavitTokensMixin:
+class LavitTokensMixin(DiffusionPipeline if TYPE_CHECKING else object):
     """What the language model and its visual tokenizer do for a pipeline."""
+
+    defaults: LavitDefaults
+    __call__: Callable[..., Any]
 
     @torch.no_grad()
     def generate_visual_tokens(
@@ -1323,7 +1338,7 @@ class LavitTokensMixin:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         device = self._execution_device
         running = self._calls.begin(one_at_a_time=self._takes_turns, join=True)
-        with running as call, self.progress_bar(total=max_image_tokens + 1) as progress_bar:
+        with running as call, self.progress_bar(total=max_image_tokens + 1) as progress_bar:  # pyright: ignore[reportCallIssue]
             progress_bar.set_description("visual tokens")
             observer = TokenObserver(progress_bar, call, callback_on_token)
             ids = _generate(
@@ -1433,7 +1448,7 @@ class LavitTokensMixin:
 
 
 @apply_forward_hook
-def _generate(model, **kwargs) -> torch.LongTensor:
+def _generate(model, **kwargs) -> torch.Tensor:
     return model.generate(**kwargs)
 
 
@@ -1551,9 +1566,10 @@ class LavitPipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs the feature_extractor that prepares its input")
-        if processor and model and processor.boi_token_id != model.config.vocabulary.boi_token_id:
+        boi_token_id = getattr(processor, "boi_token_id", None)
+        if processor and model and boi_token_id != model.config.vocabulary.boi_token_id:
             raise ValueError(
-                f"the processor's [IMG] has the id {processor.boi_token_id}, the model's is "
+                f"the processor's [IMG] has the id {boi_token_id}, the model's is "
                 f"{model.config.vocabulary.boi_token_id}: of different checkpoints, or tokenizer.json is missing"
             )
         self.register_modules(
@@ -1582,7 +1598,7 @@ class LavitPipeline(
                 "default_decoder_guidance_scale": default_decoder_guidance_scale,
             },
         )
-        self.default_size = None
+        self.default_size: tuple[int, int] | Any = None  # without a pixel decoder
         if detokenizer and unet:
             self.vae_scale_factor = detokenizer.config.vae_scale_factor
             sample_size = unet.config.sample_size
@@ -1621,7 +1637,7 @@ class LavitPipeline(
         """
         # given by name they may be of any class; the base class compares theirs with one
         own = {name: pipeline.components[name] for name in ("unet", "vae") if name in pipeline.components}
-        return super().from_pipe(pipeline, **{**own, **kwargs})
+        return super().from_pipe(pipeline, **{**own, **kwargs})  # pyright: ignore[reportReturnType]
 
     def check_inputs(
         self,
@@ -1691,7 +1707,7 @@ class LavitPipeline(
         num_candidates: int = 1,
         reranker: Reranker | None = None,
         **token_kwargs,
-    ) -> LavitPipelineOutput | tuple:
+    ) -> LavitPipelineOutput | Any:
         """Draws.
 
         Args:
@@ -1741,18 +1757,19 @@ class LavitPipeline(
         )
         check_candidates(num_candidates, reranker, prompt, output_type)
         num_images_per_prompt *= num_candidates
+        prompts: list[list[Part]] = []
         if visual_tokens is not None:
             visual_tokens = as_visual_tokens(visual_tokens)
             num_images = len(visual_tokens.lengths) * num_images_per_prompt
         else:
-            prompt = as_batch(prompt)
-            num_images = len(prompt) * num_images_per_prompt
+            prompts = as_batch(prompt)
+            num_images = len(prompts) * num_images_per_prompt
         generator = as_generators(generator, num_images)
         check_scale("eta", eta, "0 means none")
         check_pair("original_size", original_size)
         check_pair("crops_coords_top_left", crops_coords_top_left)
         check_pair("target_size", target_size)
-        size = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
+        size: tuple[int, int] = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
         height, width = height or size[0], width or size[1]
         if latents is not None:
             check_latents(latents, self.latents_shape(num_images, height, width))
@@ -1760,7 +1777,7 @@ class LavitPipeline(
         with self._calls.begin(one_at_a_time=self._takes_turns) as call:
             if visual_tokens is None:
                 visual_tokens = self.generate_visual_tokens(
-                    prompt, num_images_per_prompt=num_images_per_prompt, generator=generator, **token_kwargs
+                    prompts, num_images_per_prompt=num_images_per_prompt, generator=generator, **token_kwargs
                 )
                 num_images_per_prompt = 1
             conditions, mask = self.encode_visual_tokens(visual_tokens, num_images_per_prompt)
@@ -1768,9 +1785,10 @@ class LavitPipeline(
                 latents = self.prepare_latents(num_images, height, width, generator)
             # LoRA's scale is set in the UNet's layers for the time of a call
             lock = self._calls.turn if getattr(self.unet, "peft_config", None) else None
-            unet = DecodingUNet(self.unet, num_images, mask, tuple(decoder_guidance_interval), lock)
+            start, stop = decoder_guidance_interval
+            unet = DecodingUNet(self.unet, num_images, mask, (start, stop), lock)
             denoiser = LavitDenoiser.of(self, call, unet)
-            latents = denoiser(
+            denoised = denoiser(
                 **conditions,
                 height=height,
                 width=width,
@@ -1790,14 +1808,19 @@ class LavitPipeline(
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             ).images
-            images, flags = latents, None
+            images, flags = denoised, None
             if output_type != "latent":
-                images, flags = self.run_safety_checker(self.decode_latents(latents))
+                images, flags = self.run_safety_checker(self.decode_latents(denoised))
                 images = self.image_processor.postprocess(images.float(), output_type=output_type)
             self.maybe_free_model_hooks()
         if reranker is not None:
             images, visual_tokens, flags = keep_best_candidates(
-                reranker, num_candidates, prompt, images, visual_tokens, flags
+                reranker,
+                num_candidates,
+                prompts,
+                images,  # pyright: ignore[reportArgumentType]
+                visual_tokens,
+                flags,
             )
         if not return_dict:
             return images, visual_tokens, flags
@@ -1839,7 +1862,7 @@ class LavitTextToImagePipeline(Pipeline):
                 "text-to-image needs the folder or repository of the other components: pass it as `model`, "
                 "or use LavitPipeline with components"
             )
-        self.decoder = DiffusionPipeline.from_pretrained(
+        self.decoder: Any = DiffusionPipeline.from_pretrained(
             source,
             model=self.model,
             processor=self.processor,
@@ -1862,12 +1885,13 @@ class LavitTextToImagePipeline(Pipeline):
             iterator over them if it is a generator or a dataset.
         """
         if isinstance(prompt, Iterator | Dataset):
-            items = prompt if isinstance(prompt, Iterator) else (prompt[i] for i in range(len(prompt)))
+            size = 0 if isinstance(prompt, Iterator) else len(prompt)  # pyright: ignore[reportArgumentType]
+            items = prompt if isinstance(prompt, Iterator) else (prompt[i] for i in range(size))
             return (self(one, **kwargs) for one in items)
         prompts, is_batch = split_batch(prompt)
         # a dictionary is one item to the base class, so that the whole batch is drawn at once
         drawn = super().__call__({"prompts": prompts}, **kwargs)
-        return drawn if is_batch else drawn[0]
+        return drawn if is_batch else drawn[0]  # pyright: ignore[reportReturnType, reportOptionalSubscript]
 
     def _sanitize_parameters(self, **kwargs):
         return {}, kwargs, {}
@@ -1912,7 +1936,7 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         narrow = self.conv_in
         map_channels = narrow.out_channels // 2
-        self.condition_map = torch.nn.Linear(self.config.cross_attention_dim, map_channels)
+        self.condition_map = torch.nn.Linear(self.config["cross_attention_dim"], map_channels)
         self.conv_in = torch.nn.Conv2d(
             narrow.in_channels + map_channels, narrow.out_channels, narrow.kernel_size, padding=narrow.padding
         )
@@ -1974,17 +1998,17 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def fit(self, images: torch.Tensor) -> float:
         """Principal components of the patches of `images` (B, 3, S, S) in [-1, 1]; returns the share kept."""
-        patches = F.pixel_unshuffle(images, self.config.patch_size).movedim(1, -1).flatten(0, -2).double()
+        patches = F.pixel_unshuffle(images, self.config["patch_size"]).movedim(1, -1).flatten(0, -2).double()
         covariance = torch.cov(patches.T)
         values, vectors = torch.linalg.eigh(covariance)
         self.mean.copy_(patches.mean(0))
-        self.components.copy_(vectors.flip(1)[:, : self.config.latent_channels].T)
-        return float(values.flip(0)[: self.config.latent_channels].sum() / values.sum())
+        self.components.copy_(vectors.flip(1)[:, : self.config["latent_channels"]].T)
+        return float(values.flip(0)[: self.config["latent_channels"]].sum() / values.sum())
 
     @apply_forward_hook
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | Any:
         """Images (B, 3, S, S) in [-1, 1] to a distribution without spread over (B, latent_channels, S/p, S/p)."""
-        latents = self._piecewise(self._encode, x, self.config.patch_size * self.tile_latent_min_size)
+        latents = self._piecewise(self._encode, x, self.config["patch_size"] * self.tile_latent_min_size)
         posterior = DiagonalGaussianDistribution(
             torch.cat([latents, torch.zeros_like(latents)], 1), deterministic=True
         )
@@ -1993,18 +2017,18 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> DecoderOutput | tuple:
+    ) -> DecoderOutput | Any:
         """Latents (B, latent_channels, h, w) to images (B, 3, h·p, w·p)."""
         sample = self._piecewise(self._decode, z, self.tile_latent_min_size)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        patches = F.pixel_unshuffle(x, self.config.patch_size) - self.mean[:, None, None]
+        patches = F.pixel_unshuffle(x, self.config["patch_size"]) - self.mean[:, None, None]
         return torch.einsum("bchw,kc->bkhw", patches, self.components)
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         patches = torch.einsum("bkhw,kc->bchw", z, self.components) + self.mean[:, None, None]
-        return F.pixel_shuffle(patches, self.config.patch_size)
+        return F.pixel_shuffle(patches, self.config["patch_size"])
 
     def _piecewise(self, compute, values: torch.Tensor, band: int) -> torch.Tensor:
         """`compute` on the images one by one, and on bands of so many rows, as slicing and tiling ask for it."""
@@ -2012,7 +2036,7 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         bands = [image.split(band, dim=2) if self.use_tiling else [image] for image in images]
         return torch.cat([torch.cat([compute(part) for part in parts], dim=2) for parts in bands])
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | Any:
         return self.decode(self.encode(sample).latent_dist.mode(), return_dict=return_dict)
 
 

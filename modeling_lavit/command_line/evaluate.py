@@ -148,6 +148,8 @@ def evaluation_module(name: str):
         spec = spec_from_file_location(
             "lavit_evaluation", folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{folder} is no package")
         sys.modules[spec.name] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     return importlib.import_module(f"lavit_evaluation.{name}")
