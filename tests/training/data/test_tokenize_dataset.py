@@ -174,6 +174,7 @@ def test_a_result_of_stage_one_is_a_model_too(source, checkpoint, whole, tmp_pat
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_up_no_other_and_a_rerun_completes_every_row_exactly_once(
     source, checkpoint, whole, tmp_path
 ):
@@ -217,6 +218,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_ray_finishes_the_shards_of_another_job(source, checkpoint, whole, tmp_path):
     ray = pytest.importorskip("ray")
     output = tmp_path / "tokens"
