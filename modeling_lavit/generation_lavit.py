@@ -78,12 +78,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 otherwise; 0 and 1 mean none, too.
             generator: a `torch.Generator`, or a list of one per returned row, on any device. One generator for several
                 rows draws a seed for each. Without it every call differs. The global generators are left untouched.
-            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
-                Both are clamped to the number of patches, more of which no image has, and in image mode to
-                `max_new_tokens` less one if that is given.
-            draft_length: mode image, of a model that knows images (see `set_draft_codes`): how many codes, at most,
-                are looked up there and verified by one forward; 0 for none. What is written stays the same, in fewer
-                forwards. Only a lone row does so, without beams and with a dynamic cache.
+            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has other defaults.
+                Both are clamped to the number of patches, and in image mode to `max_new_tokens - 1` if that is given.
+            draft_length: mode image, for a model that was given draft codes (see `set_draft_codes`): how many codes
+                at most are looked up there and verified in one forward (arXiv 2311.08252); 0 for none. What is written
+                stays the same. Used for a single row, without beams and with a dynamic cache.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, images of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -105,9 +104,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             criteria, streamer and hidden states count ids as they were given, too: a slot is two.
 
         Raises:
-            ValueError: unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no room
-                in the context; limits that contradict each other; a wrong number of generators; settings of another
-                mode.
+            ValueError: an unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no
+                room in the context; contradictory limits; a wrong number of generators; settings of another mode.
         """
         self._check_mode(
             generation_mode,

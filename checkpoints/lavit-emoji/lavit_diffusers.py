@@ -1751,8 +1751,15 @@ class LavitPipeline(
                 a dict of the tensors that it changes, or None; or a `PipelineCallback` of diffusers. `pipe` is the
                 `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it), which
                 has this pipeline's components too.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given.
+            num_candidates: images drawn for each one that is returned; above 1 it needs a `reranker`.
+            reranker: `reranker(images, texts)` gives a score for each pair, and the best candidate is kept; a CLIP
+                for example.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
+
+        Returns:
+            A [`LavitPipelineOutput`]: images of all prompts, each prompt's together, and their visual tokens.
 
         Raises:
             ValueError: contradictory or unknown arguments, empty prompts, more visual tokens than can be decoded.
@@ -1969,6 +1976,9 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
             sample: (B, C, h, w).
             encoder_hidden_states: (B, N, cross_attention_dim), N a square number.
             timestep, args, kwargs: as in `UNet2DConditionModel`.
+
+        Raises:
+            ValueError: the number of conditions is not a square.
         """
         patches = encoder_hidden_states.shape[1]
         side = math.isqrt(patches)
@@ -1990,8 +2000,11 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     Args:
         patch_size: side of a patch in pixels, a power of two.
         latent_channels: number of components kept.
-        scaling_factor: as in `AutoencoderKL`: what a pipeline multiplies latents with.
+        scaling_factor: as in `AutoencoderKL`: the factor by which a pipeline multiplies latents.
         block_out_channels: tells pipelines the downsampling factor `2 ** (len - 1)`, as in `AutoencoderKL`.
+
+    Raises:
+        ValueError: `block_out_channels` and `patch_size` say different factors.
     """
 
     _supports_gradient_checkpointing = False

@@ -803,7 +803,8 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
     """Configuration of [`LavitVisualTokenizer`]: encoder, selector, merger, quantizer (paper section 3.1).
 
     Args:
-        hidden_size, intermediate_size: width of the encoder and the merger, and of their feed-forward layers.
+        hidden_size, intermediate_size: width of the encoder, the selector and the merger, and of the feed-forward
+            layers.
         num_hidden_layers, num_attention_heads: depth and heads of the encoder (EVA ViT-g).
         image_size, patch_size: in pixels; `num_patches` follows.
         stem: what turns pixels into patch embeddings: `"linear"` (one matrix a patch, as in EVA ViT-g) or
@@ -811,8 +812,8 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             them; `patch_size` must be a power of two).
         layer_norm_eps: of the encoder only. Everything behind it uses `merger_layer_norm_eps`.
         merger_num_hidden_layers, merger_num_attention_heads: depth and heads of the merger.
-        attention_epsilon: the merger's attention leak (spec: `1e-6` in official checkpoints). `0` makes computing the
-            kept tokens alone exact.
+        attention_epsilon: what the merger's attention leaks to masked positions, `1e-6` in official checkpoints. With
+            `0` it is exact to compute kept tokens only.
         kept_only: whether the merger computes kept tokens alone where `attention_epsilon` is not 0: faster, and close,
             not equal (`lavit tokenize --compare-kept-only` counts the codes that change). May be switched at any time.
         merger_is_causal: whether a kept patch attends to the kept ones before it (the paper's choice), or to all.
@@ -822,6 +823,9 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
             patch: as many tokens for any image).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
+
+    Raises:
+        ValueError: an unknown selection or stem, or sizes that contradict each other.
     """
 
     model_type = "lavit_visual_tokenizer"
@@ -884,6 +888,9 @@ class LavitDetokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
         vae_scale_factor: pixels a latent, along a side; what a pipeline without an autoencoder goes by.
         default_num_inference_steps, default_decoder_guidance_scale: what [`LavitPipeline`] decodes with unless a call
             says otherwise.
+
+    Raises:
+        ValueError: an unknown variant, or a lowres one with several `prompt_embed_dims`.
     """
 
     model_type = "lavit_detokenizer"
@@ -929,6 +936,9 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
             no images. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
+
+    Raises:
+        ValueError: the language model's `vocab_size` is too small for text ids, `[IMG]`, `[/IMG]` and codes.
     """
 
     model_type = "lavit"
@@ -1341,11 +1351,12 @@ class LavitDraftMixin(PreTrainedModel if TYPE_CHECKING else object):
     _draft_index: LavitDraftIndex | None = None
 
     def set_draft_codes(self, images: list[torch.Tensor]) -> None:
-        """Gives the model images to know, e.g. those that it was trained on: [`generate`] looks up there how an image
-        may go on. They are saved beside the weights, two bytes a code.
+        """Gives the model the codes of images, e.g. of those that it was trained on. [`generate`] looks up there how
+        an image may go on (arXiv 2311.08252). They replace earlier ones, and are saved beside the weights, two bytes
+        a code.
 
         Args:
-            images: the codes (n,) of each. None at all takes away those that were there.
+            images: the codes (n,) of each image. An empty list removes those that were there.
 
         Raises:
             ValueError: there are other codes among them than the codebook has.
@@ -2674,7 +2685,7 @@ class LavitVisualTokens(ModelOutput):
 
     @classmethod
     def join(cls, rows: Sequence[torch.Tensor]) -> "LavitVisualTokens":
-        """The opposite of [`split`]: from the codes of each image.
+        """The inverse of [`split`]: from a 1-D tensor of codes for each image.
 
         Raises:
             ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.
@@ -2821,12 +2832,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 otherwise; 0 and 1 mean none, too.
             generator: a `torch.Generator`, or a list of one per returned row, on any device. One generator for several
                 rows draws a seed for each. Without it every call differs. The global generators are left untouched.
-            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
-                Both are clamped to the number of patches, more of which no image has, and in image mode to
-                `max_new_tokens` less one if that is given.
-            draft_length: mode image, of a model that knows images (see `set_draft_codes`): how many codes, at most,
-                are looked up there and verified by one forward; 0 for none. What is written stays the same, in fewer
-                forwards. Only a lone row does so, without beams and with a dynamic cache.
+            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has other defaults.
+                Both are clamped to the number of patches, and in image mode to `max_new_tokens - 1` if that is given.
+            draft_length: mode image, for a model that was given draft codes (see `set_draft_codes`): how many codes
+                at most are looked up there and verified in one forward (arXiv 2311.08252); 0 for none. What is written
+                stays the same. Used for a single row, without beams and with a dynamic cache.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, images of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -2848,9 +2858,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             criteria, streamer and hidden states count ids as they were given, too: a slot is two.
 
         Raises:
-            ValueError: unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no room
-                in the context; limits that contradict each other; a wrong number of generators; settings of another
-                mode.
+            ValueError: an unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no
+                room in the context; contradictory limits; a wrong number of generators; settings of another mode.
         """
         self._check_mode(
             generation_mode,
@@ -3564,7 +3573,8 @@ class LavitQuantizer(nn.Module):
 
 
 class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
+    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]), paper section
+    3.1, Eq. 1 to 3.
 
     The same image gives the same codes in every batch, unless noise, a generator or another selection is asked for.
     """
@@ -3653,18 +3663,22 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             features: (B, N, C) of the encoder.
             selection: `"sample"`, `"argmax"` or `"all"`; the config's when None.
-            keep_ratio: `keep` as a share.
-            generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
-                gets the noise of `config.selection_seed`.
+            keep_ratio: share of the patches, above 0 and at most 1: the most probable ones, as with `keep`.
+            generator: draws the Gumbel noise, image after image; or a list with one for each image. Without it every
+                image gets the noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
             keep: the most probable patches, whatever `selection` says: a share (float), a number (int), or
                 `"threshold=0.7"`, a probability; see [`keep_best`].
-            target_quality: so few of the most probable patches that their tokens are decoded to features of this
-                cosine with the encoder's; see [`keep_for_quality`].
-            detokenizer: that decodes them.
+            target_quality: as few of the most probable patches as are decoded to features of this mean cosine with
+                the encoder's; see [`keep_for_quality`].
+            detokenizer: the [`LavitDetokenizer`] that decodes them; `target_quality` needs it.
 
         Returns:
             keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
+
+        Raises:
+            ValueError: an unknown selection, more than one of the dials, values out of range, noise of another shape
+                or not finite, or a wrong number of generators.
         """
         selection = selection or (
             "sample" if generator is not None or gumbel_noise is not None else self.config.selection
@@ -3721,6 +3735,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
                 those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
+
+        Raises:
+            ValueError: pixels of another shape, NaN or infinite ones, and what [`select`] refuses.
         """
         recorded = {
             "output_hidden_states": self._asked_for("output_hidden_states", output_hidden_states),
@@ -3756,6 +3773,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             pixel_values: (B, 3, S, S), normalised.
             kwargs: see [`select`] and [`encode`].
+
+        Raises:
+            ValueError: as [`encode`].
         """
         encoded = self.encode(pixel_values, **kwargs)
         return LavitVisualTokens(
@@ -4075,7 +4095,10 @@ class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
 
 class LavitModel(LavitPreTrainedModel):
-    """Visual tokenizer, understanding and language model, without the LM head."""
+    """Visual tokenizer, understanding and language model, without the LM head (paper section 3.2).
+
+    Its outputs have a row for each of the caller's `input_ids`: a slot `[IMG][/IMG]` is two, whatever its image takes.
+    """
 
     def __init__(self, config: LavitConfig):
         super().__init__(config)
@@ -4115,6 +4138,13 @@ class LavitModel(LavitPreTrainedModel):
             pixel_values: (images, 3, H, W), normalised.
             kwargs: which patches are kept, see `LavitVisualTokenizer.select`; `output_hidden_states` and
                 `output_attentions` of the encoder; `return_dict`.
+
+        Returns:
+            `pooler_output`, for each image its kept patches as the language model reads them (n, E);
+            `last_hidden_state` (images, N, C), the encoder's features; `lengths` (images,).
+
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
         """
         understanding, visual_tokenizer = self._reading_parts()
         own_merger = understanding if understanding.merger is not None else None
@@ -4129,7 +4159,11 @@ class LavitModel(LavitPreTrainedModel):
         )
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
-        """The images' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
+        """The codes of images (images, 3, H, W), for prompts that draw; see `LavitVisualTokenizer.tokenize`.
+
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
+        """
         _, visual_tokenizer = self._reading_parts()
         return visual_tokenizer.tokenize(pixel_values, **selection)
 
@@ -4287,7 +4321,7 @@ class LavitModel(LavitPreTrainedModel):
 
 
 class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, LavitGenerationMixin):
-    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws.
+    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws (paper section 3.2).
 
     ```python
     model = LavitForConditionalGeneration.from_pretrained(path)
@@ -4302,7 +4336,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
     output_modalities = ("text", "image")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # known images' codes lay here until 0.2
+    # where earlier checkpoints have the codes of known images
     _keys_to_ignore_on_load_unexpected = ["draft_ids"]
 
     def __init__(self, config: LavitConfig):
@@ -4351,7 +4385,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         logit_range: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> CausalLMOutputWithPast:
-        """One next-token objective over both modalities (paper Eq. 4).
+        """One next-token objective over both modalities (paper Eq. 6).
 
         Args:
             input_ids: (B, L). An image that is read is a slot `[IMG][/IMG]` here and pixels in `pixel_values`; one
@@ -4365,17 +4399,17 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
                 nevertheless, where the row of a slot's `[IMG]` is that of the image's last feature. For the filled
                 rows pass `expand_inputs(…).inputs_embeds`.
             labels: (B, L) ids, -100 where there is no loss, as for the first id of a prompt, which nothing precedes.
-            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.encode`.
-            logits_to_keep: compute the logits of the last ids alone, 0 = all.
-            logit_range: (start, stop): compute the logits of these ids alone, the others are -inf.
+            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.select`.
+            logits_to_keep: compute the logits of so many last ids only; 0 means all.
+            logit_range: (start, stop): compute the logits of these ids only; the others are -inf.
 
         Returns:
             `loss` (mean cross-entropy over labelled ids), `logits` (B, L, V), and what Llama returns; attentions are
             over filled positions.
 
         Raises:
-            ValueError: the numbers of slots and images differ, ids that the vocabulary has not, a mask of another
-                shape, or pixels with positions.
+            ValueError: the numbers of slots and images differ, ids outside the vocabulary, a mask of another shape,
+                or pixels together with `position_ids`.
         """
         if labels is not None and attention_mask is not None:
             # the first id behind padding would be predicted from the padding
@@ -4492,7 +4526,8 @@ class LavitAttentionPool(nn.Module):
 
 
 class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Query tokens read the codes by cross attention and become reconstructed features, then conditions.
+    """Query tokens read the codes by cross attention and become reconstructed features (paper section 3.1), which are
+    projected to the conditions of a UNet (Eq. 5).
 
     A code's position is its rank in the sequence: which patch it came from is not known.
     """
@@ -4603,6 +4638,10 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
             lengths: (B,) int64, 1 … `num_queries` each.
             output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
                 config says.
+
+        Returns:
+            `prompt_embeds` (B, `num_queries`, sum of `prompt_embed_dims`), and by variant `pooled_prompt_embeds` (B,
+            `pooled_embed_dim`) or `attention_mask` (B, `num_queries`).
 
         Raises:
             ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or
@@ -5146,13 +5185,14 @@ class LavitImageProcessor(SavedWithCodeMixin, PilBackend):
     - Other integers, signed or wide: 8-bit values where none exceeds 255, else 0 to the largest value of the dtype.
       Values above 255 that stay below 1/256 of the dtype's range are refused.
     - Floats 0 to 255, or 0 to 1 with `do_rescale=False`. What exceeds that a little, as the overshoot of a resize
-      does, is clipped. With `do_rescale=True` a maximum of at most 2 is refused: it is no 0 to 255 image, and 0 to 1
-      would be divided by 255 a second time.
+      does, is clipped. With `do_rescale=True` a maximum of at most 2 is refused: such an image ranges from 0 to 1, and
+      would be divided by 255 once more.
 
     Several images are a list, a tuple, a column of datasets, an array of objects, an iterator, or a 4-D array.
 
     Raises:
-        ValueError: not an image, truncated, without pixels, with too many pixels, NaN, out of range, ambiguous.
+        ValueError: what is given is no image, or is truncated; it has no pixels or too many; values are NaN or out of
+            range; or its dimensions are ambiguous.
     """
 
     valid_kwargs = LavitImageProcessorKwargs
@@ -5618,7 +5658,10 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             (`extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"}`). The id of code `k` is
             `eoi_token_id + 1 + k`.
         chat_template: Jinja; by default a question-and-answer prompt.
-        codebook_size: number of codes; codes above it are refused where it is known.
+        codebook_size: number of codes; where it is known, codes outside it are refused.
+
+    Raises:
+        ValueError: the tokenizer has no `[IMG]` and `[/IMG]` with adjacent ids.
     """
 
     valid_processor_kwargs = LavitProcessorKwargs
@@ -5689,8 +5732,8 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             given, and `mm_token_type_ids` (batch, length), 1 for ids of images, on request.
 
         Raises:
-            ValueError: marks and images disagree, a prompt is empty or longer than the context, codes out of range,
-                images that cannot be read, unknown mode, arguments that are not supported.
+            ValueError: marks and images do not match, a prompt is empty or longer than the context, codes are out of
+                range, an image cannot be read, the mode is unknown, or an argument is not supported.
         """
         given: dict[str, Any] = {**kwargs}
         mode = given.pop("generation_mode", None) or self.generation_mode
