@@ -69,11 +69,12 @@ class LavitDraftMixin(PreTrainedModel if TYPE_CHECKING else object):
     _draft_index: LavitDraftIndex | None = None
 
     def set_draft_codes(self, images: list[torch.Tensor]) -> None:
-        """Gives the model images to know, e.g. those that it was trained on: [`generate`] looks up there how an image
-        may go on. They are saved beside the weights, two bytes a code.
+        """Gives the model the codes of images, e.g. of those that it was trained on. [`generate`] looks up there how
+        an image may go on (arXiv 2311.08252). They replace earlier ones, and are saved beside the weights, two bytes
+        a code.
 
         Args:
-            images: the codes (n,) of each. None at all takes away those that were there.
+            images: the codes (n,) of each image. An empty list removes those that were there.
 
         Raises:
             ValueError: there are other codes among them than the codebook has.

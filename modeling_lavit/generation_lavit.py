@@ -1,12 +1,19 @@
 """generate(): text, images, and both in one stream (arXiv 2309.04669, section 3.2, with its code's defaults)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
@@ -71,12 +78,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 otherwise; 0 and 1 mean none, too.
             generator: a `torch.Generator`, or a list of one per returned row, on any device. One generator for several
                 rows draws a seed for each. Without it every call differs. The global generators are left untouched.
-            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
-                Both are clamped to the number of patches, more of which no image has, and in image mode to
-                `max_new_tokens` less one if that is given.
-            draft_length: mode image, of a model that knows images (see `set_draft_codes`): how many codes, at most,
-                are looked up there and verified by one forward; 0 for none. What is written stays the same, in fewer
-                forwards. Only a lone row does so, without beams and with a dynamic cache.
+            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has other defaults.
+                Both are clamped to the number of patches, and in image mode to `max_new_tokens - 1` if that is given.
+            draft_length: mode image, for a model that was given draft codes (see `set_draft_codes`): how many codes
+                at most are looked up there and verified in one forward (arXiv 2311.08252); 0 for none. What is written
+                stays the same. Used for a single row, without beams and with a dynamic cache.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, images of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -98,9 +104,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             criteria, streamer and hidden states count ids as they were given, too: a slot is two.
 
         Raises:
-            ValueError: unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no room
-                in the context; limits that contradict each other; a wrong number of generators; settings of another
-                mode.
+            ValueError: an unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no
+                room in the context; contradictory limits; a wrong number of generators; settings of another mode.
         """
         self._check_mode(
             generation_mode,
@@ -135,27 +140,38 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             cache=pop_cache(call),
         )
         drawn = LavitDraw(generator, streamer, reference_compat)
-        if drawn.is_list and not drawing and self._beams(config) > 1 and self._chosen(config, "do_sample"):
-            return self._generate_each(prompt, config, drawn, call)
-        if not drawing:
-            return self._generate_text(prompt, config, drawn, call)
-        if prompt.input_ids is None or "inputs_embeds" in call:
-            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
-        limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
-        if generation_mode == "image" and config.max_new_tokens is not None:
-            if config.max_new_tokens < 2:
-                raise ValueError(
-                    f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
-                )
-            # pipelines set this general limit; [/IMG] counts in it
-            least, most = limits
-            limits = min(least, config.max_new_tokens - 1), min(most, config.max_new_tokens - 1)
-        draft_length = self._draft_length(
-            draft_length, defaults["draft_length"], generation_mode, config, reference_compat
-        )
-        return self._generate_images(prompt, generation_mode, config, chosen_scale, limits, drawn, call, draft_length)
+        self._check_counts_and_shares(config)
+        write = self._generate_text
+        if drawing:
+            limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
+            if generation_mode == "image" and config.max_new_tokens is not None:
+                if config.max_new_tokens < 2:
+                    raise ValueError(
+                        f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
+                    )
+                # pipelines set this general limit; [/IMG] counts in it
+                least, most = limits
+                limits = min(least, config.max_new_tokens - 1), min(most, config.max_new_tokens - 1)
+            draft_length = self._draft_length(
+                draft_length, defaults["draft_length"], generation_mode, config, reference_compat
+            )
+            write = partial(
+                self._generate_images,
+                generation_mode=generation_mode,
+                guidance_scale=chosen_scale,
+                limits=limits,
+                draft_length=draft_length,
+            )
+        if drawn.is_list and self._beams(config) > 1 and self._chosen(config, "do_sample"):
+            return self._generate_each(write, prompt, config, drawn, call)
+        return write(prompt, config, drawn, call)
 
     def _on_device(self, tensor: MaybeTensor) -> MaybeTensor:
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"ids, masks and pixels must be tensors, got {type(tensor).__name__}: "
+                'ask the processor for return_tensors="pt"'
+            )
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
 
@@ -169,9 +185,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
         speculative = "assistant_model" in call or self._chosen(config, "prompt_lookup_num_tokens") is not None
-        if speculative and prompt.pixel_values is not None:
-            # transformers' assisted decoding leaves its first candidates out where a prompt is given as embeddings
-            raise ValueError("assistant_model and prompt_lookup_num_tokens do not go with pixel_values")
         filled = None
         if "inputs_embeds" in call:
             if prompt.pixel_values is not None:
@@ -183,6 +196,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             if prompt.input_ids is None:
                 prompt.input_ids = self._begin_text(config)
             filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
+            if "assistant_model" in call and filled.inputs_embeds is not None:
+                # an assistant is given ids: it reads images as codes
+                filled.input_ids = fill_prompt(self, prompt, config.pad_token_id, discrete=True).input_ids
             prompts = len(filled.caller_ids)
             self._hand_over(filled, config, call, drawn)
             if filled.inputs_embeds is None:
@@ -238,7 +254,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return torch.tensor([[bos_token_id]], device=self.device)
 
     def _generate_each(
-        self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
+        self, write: Callable, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
     ) -> torch.Tensor:
         """Sampled beams with a generator for each prompt: a beam search a prompt, which draws from its own."""
         if prompt.input_ids is None or prompt.cache is not None or config.return_dict_in_generate:
@@ -249,10 +265,13 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 f"{len(generators)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
                 "take one, or one for each prompt"
             )
-        parts = []
-        for one, generator in zip(prompt.split(self.config.vocabulary), generators, strict=True):
-            own = LavitDraw(generator, None, drawn.reference_compat)
-            parts.append(self._generate_text(one, copy.deepcopy(config), own, dict(call)))
+        allowed, parts = call.pop("prefix_allowed_tokens_fn", None), []
+        for row, one in enumerate(prompt.split(self.config.vocabulary)):
+            own = LavitDraw(generators[row], drawn.streamer, drawn.reference_compat)
+            its_call = {name: copy.copy(value) if isinstance(value, list) else value for name, value in call.items()}
+            if allowed is not None:
+                its_call["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+            parts.append(write(one, copy.deepcopy(config), own, its_call))
         rows = [row for part in parts for row in part]
         return pad(rows, config.pad_token_id, "right")[0]
 
@@ -261,6 +280,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     ) -> torch.Tensor | GenerateOutput:
         """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
         if loop is not None:
+            tokenizer = call.pop("tokenizer", None)
+            if config.stop_strings is not None and tokenizer is not None:
+                # transformers hands a tokenizer to its own decoding methods alone
+                call["stopping_criteria"].append(StopStringCriteria(tokenizer, config.stop_strings))
+                config.stop_strings = None
             return super().generate(generation_config=config, custom_generate=loop, **call)  # pyright: ignore[reportAttributeAccessIssue]
         sampling = self._chosen(config, "do_sample")
         seeded = drawn.global_generators(self.device) if sampling else nullcontext()
@@ -270,14 +294,17 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     def _generate_images(
         self,
         prompt: LavitPrompt,
-        generation_mode: str,
         config: GenerationConfig,
-        guidance_scale: float | Sequence[float] | torch.Tensor,
-        limits: tuple[int, int],
         drawn: LavitDraw,
         call: dict[str, Any],
+        *,
+        generation_mode: str,
+        guidance_scale: float | Sequence[float] | torch.Tensor,
+        limits: tuple[int, int],
         draft_length: int,
     ) -> torch.Tensor | GenerateOutput:
+        if prompt.input_ids is None or "inputs_embeds" in call:
+            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
         image_mode, beams = generation_mode == "image", self._beams(config)
         if image_mode:
             prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
@@ -424,6 +451,38 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
         config.allowed_ids = allowed_ids  # pyright: ignore[reportAttributeAccessIssue]
         return super().generate_batch(inputs, generation_config=config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand
+        behind a prompt that may be embeddings, and a cache that was given holds the beginning."""
+        if is_first_iteration:
+            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+            if embedded and input_ids.shape[1] > embedded:
+                candidates = self.get_input_embeddings()(input_ids[:, embedded:])
+                inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds)], dim=1)
+            cache = kwargs.get(CACHE_NAME)
+            cached = cache.get_seq_length() if cache is not None else 0
+            if next_sequence_length is None and 0 < cached < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - cached
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # an assistant has embeddings of its own
+        kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         # transformers wants a protocol here that its own models do not fill, as in `generate`

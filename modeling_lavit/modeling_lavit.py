@@ -119,7 +119,10 @@ class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
 
 class LavitModel(LavitPreTrainedModel):
-    """Visual tokenizer, understanding and language model, without the LM head."""
+    """Visual tokenizer, understanding and language model, without the LM head (paper section 3.2).
+
+    Its outputs have a row for each of the caller's `input_ids`: a slot `[IMG][/IMG]` is two, whatever its image takes.
+    """
 
     def __init__(self, config: LavitConfig):
         super().__init__(config)
@@ -159,12 +162,32 @@ class LavitModel(LavitPreTrainedModel):
             pixel_values: (images, 3, H, W), normalised.
             kwargs: which patches are kept, see `LavitVisualTokenizer.select`; `output_hidden_states` and
                 `output_attentions` of the encoder; `return_dict`.
+
+        Returns:
+            `pooler_output`, for each image its kept patches as the language model reads them (n, E);
+            `last_hidden_state` (images, N, C), the encoder's features; `lengths` (images,).
+
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
         """
         understanding, visual_tokenizer = self._reading_parts()
-        return understanding(visual_tokenizer, pixel_values, **kwargs)
+        own_merger = understanding if understanding.merger is not None else None
+        encoded = visual_tokenizer.encode(pixel_values, merger=own_merger, **kwargs)
+        projected = encoded.features if own_merger is not None else understanding(encoded.features)
+        return LavitImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=projected.split(encoded.lengths.tolist()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            lengths=encoded.lengths,
+        )
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
-        """The images' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
+        """The codes of images (images, 3, H, W), for prompts that draw; see `LavitVisualTokenizer.tokenize`.
+
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
+        """
         _, visual_tokenizer = self._reading_parts()
         return visual_tokenizer.tokenize(pixel_values, **selection)
 
@@ -322,7 +345,7 @@ class LavitModel(LavitPreTrainedModel):
 
 
 class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, LavitGenerationMixin):
-    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws.
+    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws (paper section 3.2).
 
     ```python
     model = LavitForConditionalGeneration.from_pretrained(path)
@@ -337,7 +360,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
     output_modalities = ("text", "image")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # known images' codes lay here until 0.2
+    # where earlier checkpoints have the codes of known images
     _keys_to_ignore_on_load_unexpected = ["draft_ids"]
 
     def __init__(self, config: LavitConfig):
@@ -386,7 +409,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         logit_range: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> CausalLMOutputWithPast:
-        """One next-token objective over both modalities (paper Eq. 4).
+        """One next-token objective over both modalities (paper Eq. 6).
 
         Args:
             input_ids: (B, L). An image that is read is a slot `[IMG][/IMG]` here and pixels in `pixel_values`; one
@@ -400,17 +423,17 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
                 nevertheless, where the row of a slot's `[IMG]` is that of the image's last feature. For the filled
                 rows pass `expand_inputs(…).inputs_embeds`.
             labels: (B, L) ids, -100 where there is no loss, as for the first id of a prompt, which nothing precedes.
-            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.encode`.
-            logits_to_keep: compute the logits of the last ids alone, 0 = all.
-            logit_range: (start, stop): compute the logits of these ids alone, the others are -inf.
+            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.select`.
+            logits_to_keep: compute the logits of so many last ids only; 0 means all.
+            logit_range: (start, stop): compute the logits of these ids only; the others are -inf.
 
         Returns:
             `loss` (mean cross-entropy over labelled ids), `logits` (B, L, V), and what Llama returns; attentions are
             over filled positions.
 
         Raises:
-            ValueError: the numbers of slots and images differ, ids that the vocabulary has not, a mask of another
-                shape, or pixels with positions.
+            ValueError: the numbers of slots and images differ, ids outside the vocabulary, a mask of another shape,
+                or pixels together with `position_ids`.
         """
         if labels is not None and attention_mask is not None:
             # the first id behind padding would be predicted from the padding

@@ -67,7 +67,8 @@ class LavitAttentionPool(nn.Module):
 
 
 class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Query tokens read the codes by cross attention and become reconstructed features, then conditions.
+    """Query tokens read the codes by cross attention and become reconstructed features (paper section 3.1), which are
+    projected to the conditions of a UNet (Eq. 5).
 
     A code's position is its rank in the sequence: which patch it came from is not known.
     """
@@ -178,6 +179,10 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
             lengths: (B,) int64, 1 … `num_queries` each.
             output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
                 config says.
+
+        Returns:
+            `prompt_embeds` (B, `num_queries`, sum of `prompt_embed_dims`), and by variant `pooled_prompt_embeds` (B,
+            `pooled_embed_dim`) or `attention_mask` (B, `num_queries`).
 
         Raises:
             ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or

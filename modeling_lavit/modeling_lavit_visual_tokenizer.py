@@ -161,7 +161,8 @@ class LavitQuantizer(nn.Module):
 
 
 class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
+    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]), paper section
+    3.1, Eq. 1 to 3.
 
     The same image gives the same codes in every batch, unless noise, a generator or another selection is asked for.
     """
@@ -225,6 +226,10 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}: let the image processor make them"
+            )
         if torch.compiler.is_compiling() or pixel_values.is_meta:
             return
         if not bool(pixel_values.isfinite().all()):
@@ -246,18 +251,22 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             features: (B, N, C) of the encoder.
             selection: `"sample"`, `"argmax"` or `"all"`; the config's when None.
-            keep_ratio: `keep` as a share.
-            generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
-                gets the noise of `config.selection_seed`.
+            keep_ratio: share of the patches, above 0 and at most 1: the most probable ones, as with `keep`.
+            generator: draws the Gumbel noise, image after image; or a list with one for each image. Without it every
+                image gets the noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
             keep: the most probable patches, whatever `selection` says: a share (float), a number (int), or
                 `"threshold=0.7"`, a probability; see [`keep_best`].
-            target_quality: so few of the most probable patches that their tokens are decoded to features of this
-                cosine with the encoder's; see [`keep_for_quality`].
-            detokenizer: that decodes them.
+            target_quality: as few of the most probable patches as are decoded to features of this mean cosine with
+                the encoder's; see [`keep_for_quality`].
+            detokenizer: the [`LavitDetokenizer`] that decodes them; `target_quality` needs it.
 
         Returns:
             keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
+
+        Raises:
+            ValueError: an unknown selection, more than one of the dials, values out of range, noise of another shape
+                or not finite, or a wrong number of generators.
         """
         selection = selection or (
             "sample" if generator is not None or gumbel_noise is not None else self.config.selection
@@ -301,7 +310,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     def encode(
         self,
         pixel_values: torch.Tensor,
-        merger: LavitTokenMerger | None = None,
+        merger: nn.Module | None = None,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **selection_kwargs,
@@ -310,10 +319,13 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
         Args:
             pixel_values: (B, 3, S, S), normalised.
-            merger: another merger than the tokenizer's own (the language model's, for reading).
+            merger: of features and keep mask, in place of the tokenizer's own (the language model's, for reading).
             output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
                 those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
+
+        Raises:
+            ValueError: pixels of another shape, NaN or infinite ones, and what [`select`] refuses.
         """
         recorded = {
             "output_hidden_states": self._asked_for("output_hidden_states", output_hidden_states),
@@ -349,6 +361,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             pixel_values: (B, 3, S, S), normalised.
             kwargs: see [`select`] and [`encode`].
+
+        Raises:
+            ValueError: as [`encode`].
         """
         encoded = self.encode(pixel_values, **kwargs)
         return LavitVisualTokens(

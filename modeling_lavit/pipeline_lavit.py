@@ -286,8 +286,15 @@ class LavitPipeline(
                 a dict of the tensors that it changes, or None; or a `PipelineCallback` of diffusers. `pipe` is the
                 `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it), which
                 has this pipeline's components too.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given.
+            num_candidates: images drawn for each one that is returned; above 1 it needs a `reranker`.
+            reranker: `reranker(images, texts)` gives a score for each pair, and the best candidate is kept; a CLIP
+                for example.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
+
+        Returns:
+            A [`LavitPipelineOutput`]: images of all prompts, each prompt's together, and their visual tokens.
 
         Raises:
             ValueError: contradictory or unknown arguments, empty prompts, more visual tokens than can be decoded.

@@ -180,7 +180,7 @@ class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
         vae = self.vae
         if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae = _in_full_precision(vae, self._execution_device)
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return vae.decode(unscale_latents(latents.to(vae.dtype), vae.config), return_dict=False)[0]
 
     def run_safety_checker(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Blackens flagged images, (batch, 3, height, width) in -1..1; flags are `None` without a safety checker."""
@@ -193,6 +193,28 @@ class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
         _, flags = checker(images=array, clip_input=clip_input.to(self._execution_device, checker.dtype))
         flagged = torch.tensor(flags, device=images.device)[:, None, None, None]
         return images.masked_fill(flagged, -1.0), flags
+
+
+def scale_latents(latents: torch.Tensor, config) -> torch.Tensor:
+    """What a VAE encodes, (images, channels, height, width), as a UNet sees it; `config`: of the VAE."""
+    shift, spread = _shift_and_spread(latents, config)
+    latents = latents if shift is None else latents - shift
+    return latents * config.scaling_factor / spread if spread is not None else latents * config.scaling_factor
+
+
+def unscale_latents(latents: torch.Tensor, config) -> torch.Tensor:
+    """The inverse of [`scale_latents`], as in `StableDiffusionXLPipeline` (mean and deviation of each channel) and
+    `StableDiffusion3Pipeline` (one shift)."""
+    shift, spread = _shift_and_spread(latents, config)
+    latents = latents / config.scaling_factor if spread is None else latents * spread / config.scaling_factor
+    return latents if shift is None else latents + shift
+
+
+def _shift_and_spread(latents: torch.Tensor, config) -> tuple[torch.Tensor | float | None, torch.Tensor | None]:
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.get("shift_factor"), None
+    return tuple(latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
 
 # begins elsewhere than in `forward`: offloading must bring the weights first

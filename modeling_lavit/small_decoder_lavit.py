@@ -38,6 +38,9 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
             sample: (B, C, h, w).
             encoder_hidden_states: (B, N, cross_attention_dim), N a square number.
             timestep, args, kwargs: as in `UNet2DConditionModel`.
+
+        Raises:
+            ValueError: the number of conditions is not a square.
         """
         patches = encoder_hidden_states.shape[1]
         side = math.isqrt(patches)
@@ -59,8 +62,11 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     Args:
         patch_size: side of a patch in pixels, a power of two.
         latent_channels: number of components kept.
-        scaling_factor: as in `AutoencoderKL`: what a pipeline multiplies latents with.
+        scaling_factor: as in `AutoencoderKL`: the factor by which a pipeline multiplies latents.
         block_out_channels: tells pipelines the downsampling factor `2 ** (len - 1)`, as in `AutoencoderKL`.
+
+    Raises:
+        ValueError: `block_out_channels` and `patch_size` say different factors.
     """
 
     _supports_gradient_checkpointing = False

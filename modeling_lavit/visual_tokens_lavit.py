@@ -35,7 +35,7 @@ class LavitVisualTokens(ModelOutput):
 
     @classmethod
     def join(cls, rows: Sequence[torch.Tensor]) -> "LavitVisualTokens":
-        """The opposite of [`split`]: from the codes of each image.
+        """The inverse of [`split`]: from a 1-D tensor of codes for each image.
 
         Raises:
             ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.

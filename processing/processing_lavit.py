@@ -62,7 +62,10 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             (`extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"}`). The id of code `k` is
             `eoi_token_id + 1 + k`.
         chat_template: Jinja; by default a question-and-answer prompt.
-        codebook_size: number of codes; codes above it are refused where it is known.
+        codebook_size: number of codes; where it is known, codes outside it are refused.
+
+    Raises:
+        ValueError: the tokenizer has no `[IMG]` and `[/IMG]` with adjacent ids.
     """
 
     valid_processor_kwargs = LavitProcessorKwargs
@@ -133,8 +136,8 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             given, and `mm_token_type_ids` (batch, length), 1 for ids of images, on request.
 
         Raises:
-            ValueError: marks and images disagree, a prompt is empty or longer than the context, codes out of range,
-                images that cannot be read, unknown mode, arguments that are not supported.
+            ValueError: marks and images do not match, a prompt is empty or longer than the context, codes are out of
+                range, an image cannot be read, the mode is unknown, or an argument is not supported.
         """
         given: dict[str, Any] = {**kwargs}
         mode = given.pop("generation_mode", None) or self.generation_mode

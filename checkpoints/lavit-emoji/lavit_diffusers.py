@@ -1318,7 +1318,7 @@ class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
         vae = self.vae
         if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae = _in_full_precision(vae, self._execution_device)
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return vae.decode(unscale_latents(latents.to(vae.dtype), vae.config), return_dict=False)[0]
 
     def run_safety_checker(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Blackens flagged images, (batch, 3, height, width) in -1..1; flags are `None` without a safety checker."""
@@ -1331,6 +1331,28 @@ class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
         _, flags = checker(images=array, clip_input=clip_input.to(self._execution_device, checker.dtype))
         flagged = torch.tensor(flags, device=images.device)[:, None, None, None]
         return images.masked_fill(flagged, -1.0), flags
+
+
+def scale_latents(latents: torch.Tensor, config) -> torch.Tensor:
+    """What a VAE encodes, (images, channels, height, width), as a UNet sees it; `config`: of the VAE."""
+    shift, spread = _shift_and_spread(latents, config)
+    latents = latents if shift is None else latents - shift
+    return latents * config.scaling_factor / spread if spread is not None else latents * config.scaling_factor
+
+
+def unscale_latents(latents: torch.Tensor, config) -> torch.Tensor:
+    """The inverse of [`scale_latents`], as in `StableDiffusionXLPipeline` (mean and deviation of each channel) and
+    `StableDiffusion3Pipeline` (one shift)."""
+    shift, spread = _shift_and_spread(latents, config)
+    latents = latents / config.scaling_factor if spread is None else latents * spread / config.scaling_factor
+    return latents if shift is None else latents + shift
+
+
+def _shift_and_spread(latents: torch.Tensor, config) -> tuple[torch.Tensor | float | None, torch.Tensor | None]:
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return config.get("shift_factor"), None
+    return tuple(latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
 
 # begins elsewhere than in `forward`: offloading must bring the weights first
@@ -1851,8 +1873,15 @@ class LavitPipeline(
                 a dict of the tensors that it changes, or None; or a `PipelineCallback` of diffusers. `pipe` is the
                 `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it), which
                 has this pipeline's components too.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given.
+            num_candidates: images drawn for each one that is returned; above 1 it needs a `reranker`.
+            reranker: `reranker(images, texts)` gives a score for each pair, and the best candidate is kept; a CLIP
+                for example.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
+
+        Returns:
+            A [`LavitPipelineOutput`]: images of all prompts, each prompt's together, and their visual tokens.
 
         Raises:
             ValueError: contradictory or unknown arguments, empty prompts, more visual tokens than can be decoded.
@@ -2335,6 +2364,9 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
             sample: (B, C, h, w).
             encoder_hidden_states: (B, N, cross_attention_dim), N a square number.
             timestep, args, kwargs: as in `UNet2DConditionModel`.
+
+        Raises:
+            ValueError: the number of conditions is not a square.
         """
         patches = encoder_hidden_states.shape[1]
         side = math.isqrt(patches)
@@ -2356,8 +2388,11 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     Args:
         patch_size: side of a patch in pixels, a power of two.
         latent_channels: number of components kept.
-        scaling_factor: as in `AutoencoderKL`: what a pipeline multiplies latents with.
+        scaling_factor: as in `AutoencoderKL`: the factor by which a pipeline multiplies latents.
         block_out_channels: tells pipelines the downsampling factor `2 ** (len - 1)`, as in `AutoencoderKL`.
+
+    Raises:
+        ValueError: `block_out_channels` and `patch_size` say different factors.
     """
 
     _supports_gradient_checkpointing = False

@@ -92,7 +92,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from urllib.parse import quote, unquote, unquote_to_bytes, urlsplit
@@ -125,6 +127,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    StopStringCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -825,7 +828,8 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
     """Configuration of [`LavitVisualTokenizer`]: encoder, selector, merger, quantizer (paper section 3.1).
 
     Args:
-        hidden_size, intermediate_size: width of the encoder and the merger, and of their feed-forward layers.
+        hidden_size, intermediate_size: width of the encoder, the selector and the merger, and of the feed-forward
+            layers.
         num_hidden_layers, num_attention_heads: depth and heads of the encoder (EVA ViT-g).
         image_size, patch_size: in pixels; `num_patches` follows.
         stem: what turns pixels into patch embeddings: `"linear"` (one matrix a patch, as in EVA ViT-g) or
@@ -833,8 +837,8 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             them; `patch_size` must be a power of two).
         layer_norm_eps: of the encoder only. Everything behind it uses `merger_layer_norm_eps`.
         merger_num_hidden_layers, merger_num_attention_heads: depth and heads of the merger.
-        attention_epsilon: the merger's attention leak (spec: `1e-6` in official checkpoints). `0` makes computing the
-            kept tokens alone exact.
+        attention_epsilon: what the merger's attention leaks to masked positions, `1e-6` in official checkpoints. With
+            `0` it is exact to compute kept tokens only.
         kept_only: whether the merger computes kept tokens alone where `attention_epsilon` is not 0: faster, and close,
             not equal (`lavit tokenize --compare-kept-only` counts the codes that change). May be switched at any time.
         merger_is_causal: whether a kept patch attends to the kept ones before it (the paper's choice), or to all.
@@ -844,6 +848,9 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
             patch: as many tokens for any image).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
+
+    Raises:
+        ValueError: an unknown selection or stem, or sizes that contradict each other.
     """
 
     model_type = "lavit_visual_tokenizer"
@@ -906,6 +913,9 @@ class LavitDetokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
         vae_scale_factor: pixels a latent, along a side; what a pipeline without an autoencoder goes by.
         default_num_inference_steps, default_decoder_guidance_scale: what [`LavitPipeline`] decodes with unless a call
             says otherwise.
+
+    Raises:
+        ValueError: an unknown variant, or a lowres one with several `prompt_embed_dims`.
     """
 
     model_type = "lavit_detokenizer"
@@ -951,6 +961,9 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
             no images. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
+
+    Raises:
+        ValueError: the language model's `vocab_size` is too small for text ids, `[IMG]`, `[/IMG]` and codes.
     """
 
     model_type = "lavit"
@@ -1363,11 +1376,12 @@ class LavitDraftMixin(PreTrainedModel if TYPE_CHECKING else object):
     _draft_index: LavitDraftIndex | None = None
 
     def set_draft_codes(self, images: list[torch.Tensor]) -> None:
-        """Gives the model images to know, e.g. those that it was trained on: [`generate`] looks up there how an image
-        may go on. They are saved beside the weights, two bytes a code.
+        """Gives the model the codes of images, e.g. of those that it was trained on. [`generate`] looks up there how
+        an image may go on (arXiv 2311.08252). They replace earlier ones, and are saved beside the weights, two bytes
+        a code.
 
         Args:
-            images: the codes (n,) of each. None at all takes away those that were there.
+            images: the codes (n,) of each image. An empty list removes those that were there.
 
         Raises:
             ValueError: there are other codes among them than the codebook has.
@@ -2580,6 +2594,9 @@ class LavitGenerationSettingsMixin(PreTrainedModel if TYPE_CHECKING else object)
             raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
         if mode == "interleaved" and reference_compat:
             raise ValueError("the reference has no interleaved mode to be compatible with")
+        speculation = ("assistant_model", "prompt_lookup_num_tokens")
+        if mode != "text" and (given := [name for name in speculation if kwargs.get(name) is not None]):
+            raise ValueError(f"{given[0]} is for text, but generation_mode is {mode!r}: images have draft_length")
         if mode == "image" and kwargs.get("max_length") is not None:
             raise ValueError("in image mode max_image_tokens limits the length, not max_length")
 
@@ -2626,15 +2643,30 @@ class LavitGenerationSettingsMixin(PreTrainedModel if TYPE_CHECKING else object)
         own = getattr(config, name)
         return own if own is not None else getattr(self.generation_config, name)
 
+    def _check_counts_and_shares(self, config: GenerationConfig) -> None:
+        """Raises ValueError for settings that transformers leaves out, or counts with, where they make no sense; the
+        others are refused by its own processors."""
+        for name in ("num_beams", "num_return_sequences"):
+            value = self._chosen(config, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+        for name in ("top_p", "typical_p"):
+            value = self._chosen(config, name)
+            if value is not None and (not isinstance(value, Real) or not 0 < value <= 1):
+                raise ValueError(f"{name} must be a share above 0 and up to 1, which means all, got {value!r}")
+
     def _beams(self, config: GenerationConfig) -> int:
         return self._chosen(config, "num_beams") or 1
 
 
 def guidance_of_rows(scale: float | Sequence[float] | torch.Tensor, prompts: int, repeats: int) -> torch.Tensor | None:
     """A scale for every row, 1 where there is none; None where no row has one."""
-    scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
+    try:
+        scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
+    except (TypeError, ValueError):
+        scales = torch.tensor([torch.nan])
     if not bool((scales.isfinite() & (scales >= 0)).all()):
-        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale}")
+        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale!r}")
     if len(scales) == 1:
         scales = scales.expand(prompts * repeats)
     elif len(scales) == prompts:
@@ -2678,7 +2710,7 @@ class LavitVisualTokens(ModelOutput):
 
     @classmethod
     def join(cls, rows: Sequence[torch.Tensor]) -> "LavitVisualTokens":
-        """The opposite of [`split`]: from the codes of each image.
+        """The inverse of [`split`]: from a 1-D tensor of codes for each image.
 
         Raises:
             ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.
@@ -2825,12 +2857,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 otherwise; 0 and 1 mean none, too.
             generator: a `torch.Generator`, or a list of one per returned row, on any device. One generator for several
                 rows draws a seed for each. Without it every call differs. The global generators are left untouched.
-            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
-                Both are clamped to the number of patches, more of which no image has, and in image mode to
-                `max_new_tokens` less one if that is given.
-            draft_length: mode image, of a model that knows images (see `set_draft_codes`): how many codes, at most,
-                are looked up there and verified by one forward; 0 for none. What is written stays the same, in fewer
-                forwards. Only a lone row does so, without beams and with a dynamic cache.
+            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has other defaults.
+                Both are clamped to the number of patches, and in image mode to `max_new_tokens - 1` if that is given.
+            draft_length: mode image, for a model that was given draft codes (see `set_draft_codes`): how many codes
+                at most are looked up there and verified in one forward (arXiv 2311.08252); 0 for none. What is written
+                stays the same. Used for a single row, without beams and with a dynamic cache.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, images of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -2852,9 +2883,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             criteria, streamer and hidden states count ids as they were given, too: a slot is two.
 
         Raises:
-            ValueError: unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no room
-                in the context; limits that contradict each other; a wrong number of generators; settings of another
-                mode.
+            ValueError: an unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no
+                room in the context; contradictory limits; a wrong number of generators; settings of another mode.
         """
         self._check_mode(
             generation_mode,
@@ -2889,27 +2919,38 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             cache=pop_cache(call),
         )
         drawn = LavitDraw(generator, streamer, reference_compat)
-        if drawn.is_list and not drawing and self._beams(config) > 1 and self._chosen(config, "do_sample"):
-            return self._generate_each(prompt, config, drawn, call)
-        if not drawing:
-            return self._generate_text(prompt, config, drawn, call)
-        if prompt.input_ids is None or "inputs_embeds" in call:
-            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
-        limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
-        if generation_mode == "image" and config.max_new_tokens is not None:
-            if config.max_new_tokens < 2:
-                raise ValueError(
-                    f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
-                )
-            # pipelines set this general limit; [/IMG] counts in it
-            least, most = limits
-            limits = min(least, config.max_new_tokens - 1), min(most, config.max_new_tokens - 1)
-        draft_length = self._draft_length(
-            draft_length, defaults["draft_length"], generation_mode, config, reference_compat
-        )
-        return self._generate_images(prompt, generation_mode, config, chosen_scale, limits, drawn, call, draft_length)
+        self._check_counts_and_shares(config)
+        write = self._generate_text
+        if drawing:
+            limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
+            if generation_mode == "image" and config.max_new_tokens is not None:
+                if config.max_new_tokens < 2:
+                    raise ValueError(
+                        f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
+                    )
+                # pipelines set this general limit; [/IMG] counts in it
+                least, most = limits
+                limits = min(least, config.max_new_tokens - 1), min(most, config.max_new_tokens - 1)
+            draft_length = self._draft_length(
+                draft_length, defaults["draft_length"], generation_mode, config, reference_compat
+            )
+            write = partial(
+                self._generate_images,
+                generation_mode=generation_mode,
+                guidance_scale=chosen_scale,
+                limits=limits,
+                draft_length=draft_length,
+            )
+        if drawn.is_list and self._beams(config) > 1 and self._chosen(config, "do_sample"):
+            return self._generate_each(write, prompt, config, drawn, call)
+        return write(prompt, config, drawn, call)
 
     def _on_device(self, tensor: MaybeTensor) -> MaybeTensor:
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"ids, masks and pixels must be tensors, got {type(tensor).__name__}: "
+                'ask the processor for return_tensors="pt"'
+            )
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
 
@@ -2923,9 +2964,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
         speculative = "assistant_model" in call or self._chosen(config, "prompt_lookup_num_tokens") is not None
-        if speculative and prompt.pixel_values is not None:
-            # transformers' assisted decoding leaves its first candidates out where a prompt is given as embeddings
-            raise ValueError("assistant_model and prompt_lookup_num_tokens do not go with pixel_values")
         filled = None
         if "inputs_embeds" in call:
             if prompt.pixel_values is not None:
@@ -2937,6 +2975,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             if prompt.input_ids is None:
                 prompt.input_ids = self._begin_text(config)
             filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
+            if "assistant_model" in call and filled.inputs_embeds is not None:
+                # an assistant is given ids: it reads images as codes
+                filled.input_ids = fill_prompt(self, prompt, config.pad_token_id, discrete=True).input_ids
             prompts = len(filled.caller_ids)
             self._hand_over(filled, config, call, drawn)
             if filled.inputs_embeds is None:
@@ -2992,7 +3033,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return torch.tensor([[bos_token_id]], device=self.device)
 
     def _generate_each(
-        self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
+        self, write: Callable, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
     ) -> torch.Tensor:
         """Sampled beams with a generator for each prompt: a beam search a prompt, which draws from its own."""
         if prompt.input_ids is None or prompt.cache is not None or config.return_dict_in_generate:
@@ -3003,10 +3044,13 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 f"{len(generators)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
                 "take one, or one for each prompt"
             )
-        parts = []
-        for one, generator in zip(prompt.split(self.config.vocabulary), generators, strict=True):
-            own = LavitDraw(generator, None, drawn.reference_compat)
-            parts.append(self._generate_text(one, copy.deepcopy(config), own, dict(call)))
+        allowed, parts = call.pop("prefix_allowed_tokens_fn", None), []
+        for row, one in enumerate(prompt.split(self.config.vocabulary)):
+            own = LavitDraw(generators[row], drawn.streamer, drawn.reference_compat)
+            its_call = {name: copy.copy(value) if isinstance(value, list) else value for name, value in call.items()}
+            if allowed is not None:
+                its_call["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+            parts.append(write(one, copy.deepcopy(config), own, its_call))
         rows = [row for part in parts for row in part]
         return pad(rows, config.pad_token_id, "right")[0]
 
@@ -3015,6 +3059,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     ) -> torch.Tensor | GenerateOutput:
         """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
         if loop is not None:
+            tokenizer = call.pop("tokenizer", None)
+            if config.stop_strings is not None and tokenizer is not None:
+                # transformers hands a tokenizer to its own decoding methods alone
+                call["stopping_criteria"].append(StopStringCriteria(tokenizer, config.stop_strings))
+                config.stop_strings = None
             return super().generate(generation_config=config, custom_generate=loop, **call)  # pyright: ignore[reportAttributeAccessIssue]
         sampling = self._chosen(config, "do_sample")
         seeded = drawn.global_generators(self.device) if sampling else nullcontext()
@@ -3024,14 +3073,17 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     def _generate_images(
         self,
         prompt: LavitPrompt,
-        generation_mode: str,
         config: GenerationConfig,
-        guidance_scale: float | Sequence[float] | torch.Tensor,
-        limits: tuple[int, int],
         drawn: LavitDraw,
         call: dict[str, Any],
+        *,
+        generation_mode: str,
+        guidance_scale: float | Sequence[float] | torch.Tensor,
+        limits: tuple[int, int],
         draft_length: int,
     ) -> torch.Tensor | GenerateOutput:
+        if prompt.input_ids is None or "inputs_embeds" in call:
+            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
         image_mode, beams = generation_mode == "image", self._beams(config)
         if image_mode:
             prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
@@ -3178,6 +3230,38 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
         config.allowed_ids = allowed_ids  # pyright: ignore[reportAttributeAccessIssue]
         return super().generate_batch(inputs, generation_config=config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand
+        behind a prompt that may be embeddings, and a cache that was given holds the beginning."""
+        if is_first_iteration:
+            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+            if embedded and input_ids.shape[1] > embedded:
+                candidates = self.get_input_embeddings()(input_ids[:, embedded:])
+                inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds)], dim=1)
+            cache = kwargs.get(CACHE_NAME)
+            cached = cache.get_seq_length() if cache is not None else 0
+            if next_sequence_length is None and 0 < cached < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - cached
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # an assistant has embeddings of its own
+        kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         # transformers wants a protocol here that its own models do not fill, as in `generate`
@@ -3514,7 +3598,8 @@ class LavitQuantizer(nn.Module):
 
 
 class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
+    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]), paper section
+    3.1, Eq. 1 to 3.
 
     The same image gives the same codes in every batch, unless noise, a generator or another selection is asked for.
     """
@@ -3578,6 +3663,10 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}: let the image processor make them"
+            )
         if torch.compiler.is_compiling() or pixel_values.is_meta:
             return
         if not bool(pixel_values.isfinite().all()):
@@ -3599,18 +3688,22 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             features: (B, N, C) of the encoder.
             selection: `"sample"`, `"argmax"` or `"all"`; the config's when None.
-            keep_ratio: `keep` as a share.
-            generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
-                gets the noise of `config.selection_seed`.
+            keep_ratio: share of the patches, above 0 and at most 1: the most probable ones, as with `keep`.
+            generator: draws the Gumbel noise, image after image; or a list with one for each image. Without it every
+                image gets the noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
             keep: the most probable patches, whatever `selection` says: a share (float), a number (int), or
                 `"threshold=0.7"`, a probability; see [`keep_best`].
-            target_quality: so few of the most probable patches that their tokens are decoded to features of this
-                cosine with the encoder's; see [`keep_for_quality`].
-            detokenizer: that decodes them.
+            target_quality: as few of the most probable patches as are decoded to features of this mean cosine with
+                the encoder's; see [`keep_for_quality`].
+            detokenizer: the [`LavitDetokenizer`] that decodes them; `target_quality` needs it.
 
         Returns:
             keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
+
+        Raises:
+            ValueError: an unknown selection, more than one of the dials, values out of range, noise of another shape
+                or not finite, or a wrong number of generators.
         """
         selection = selection or (
             "sample" if generator is not None or gumbel_noise is not None else self.config.selection
@@ -3654,7 +3747,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     def encode(
         self,
         pixel_values: torch.Tensor,
-        merger: LavitTokenMerger | None = None,
+        merger: nn.Module | None = None,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **selection_kwargs,
@@ -3663,10 +3756,13 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
         Args:
             pixel_values: (B, 3, S, S), normalised.
-            merger: another merger than the tokenizer's own (the language model's, for reading).
+            merger: of features and keep mask, in place of the tokenizer's own (the language model's, for reading).
             output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
                 those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
+
+        Raises:
+            ValueError: pixels of another shape, NaN or infinite ones, and what [`select`] refuses.
         """
         recorded = {
             "output_hidden_states": self._asked_for("output_hidden_states", output_hidden_states),
@@ -3702,6 +3798,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             pixel_values: (B, 3, S, S), normalised.
             kwargs: see [`select`] and [`encode`].
+
+        Raises:
+            ValueError: as [`encode`].
         """
         encoded = self.encode(pixel_values, **kwargs)
         return LavitVisualTokens(
@@ -3927,19 +4026,16 @@ class LavitUnderstanding(nn.Module):
         self.merger = None if config.share_understanding_merger else LavitTokenMerger(config.visual_config)
         self.projection = nn.Linear(config.visual_config.hidden_size, config.text_config.hidden_size)
 
-    def forward(
-        self, visual_tokenizer: LavitVisualTokenizer, pixel_values: torch.Tensor, **options
-    ) -> LavitImageFeatures:
-        """(B, 3, H, W) normalised pixels. `options`: see `LavitVisualTokenizer.encode`."""
-        encoded = visual_tokenizer.encode(pixel_values, merger=self.merger, **options)
-        projected = self.projection(encoded.features.to(self.projection.weight.dtype))
-        return LavitImageFeatures(
-            last_hidden_state=encoded.last_hidden_state,
-            pooler_output=projected.split(encoded.lengths.tolist()),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            lengths=encoded.lengths,
-        )
+    def forward(self, features: torch.Tensor, keep_mask: torch.BoolTensor | None = None) -> torch.Tensor:
+        """(sum of kept, E), image after image.
+
+        Args:
+            features: (B, N, C) of the encoder, or (sum of kept, C) merged already where the merger is shared.
+            keep_mask: (B, N), which patches are kept; for a merger of its own.
+        """
+        if self.merger is not None:
+            features = self.merger(features, keep_mask)
+        return self.projection(features.to(self.projection.weight.dtype))
 
 
 # -------- modeling_lavit.py
@@ -4024,7 +4120,10 @@ class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
 
 class LavitModel(LavitPreTrainedModel):
-    """Visual tokenizer, understanding and language model, without the LM head."""
+    """Visual tokenizer, understanding and language model, without the LM head (paper section 3.2).
+
+    Its outputs have a row for each of the caller's `input_ids`: a slot `[IMG][/IMG]` is two, whatever its image takes.
+    """
 
     def __init__(self, config: LavitConfig):
         super().__init__(config)
@@ -4064,12 +4163,32 @@ class LavitModel(LavitPreTrainedModel):
             pixel_values: (images, 3, H, W), normalised.
             kwargs: which patches are kept, see `LavitVisualTokenizer.select`; `output_hidden_states` and
                 `output_attentions` of the encoder; `return_dict`.
+
+        Returns:
+            `pooler_output`, for each image its kept patches as the language model reads them (n, E);
+            `last_hidden_state` (images, N, C), the encoder's features; `lengths` (images,).
+
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
         """
         understanding, visual_tokenizer = self._reading_parts()
-        return understanding(visual_tokenizer, pixel_values, **kwargs)
+        own_merger = understanding if understanding.merger is not None else None
+        encoded = visual_tokenizer.encode(pixel_values, merger=own_merger, **kwargs)
+        projected = encoded.features if own_merger is not None else understanding(encoded.features)
+        return LavitImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=projected.split(encoded.lengths.tolist()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            lengths=encoded.lengths,
+        )
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
-        """The images' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
+        """The codes of images (images, 3, H, W), for prompts that draw; see `LavitVisualTokenizer.tokenize`.
+
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
+        """
         _, visual_tokenizer = self._reading_parts()
         return visual_tokenizer.tokenize(pixel_values, **selection)
 
@@ -4227,7 +4346,7 @@ class LavitModel(LavitPreTrainedModel):
 
 
 class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, LavitGenerationMixin):
-    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws.
+    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws (paper section 3.2).
 
     ```python
     model = LavitForConditionalGeneration.from_pretrained(path)
@@ -4242,7 +4361,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
     output_modalities = ("text", "image")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # known images' codes lay here until 0.2
+    # where earlier checkpoints have the codes of known images
     _keys_to_ignore_on_load_unexpected = ["draft_ids"]
 
     def __init__(self, config: LavitConfig):
@@ -4291,7 +4410,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         logit_range: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> CausalLMOutputWithPast:
-        """One next-token objective over both modalities (paper Eq. 4).
+        """One next-token objective over both modalities (paper Eq. 6).
 
         Args:
             input_ids: (B, L). An image that is read is a slot `[IMG][/IMG]` here and pixels in `pixel_values`; one
@@ -4305,17 +4424,17 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
                 nevertheless, where the row of a slot's `[IMG]` is that of the image's last feature. For the filled
                 rows pass `expand_inputs(…).inputs_embeds`.
             labels: (B, L) ids, -100 where there is no loss, as for the first id of a prompt, which nothing precedes.
-            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.encode`.
-            logits_to_keep: compute the logits of the last ids alone, 0 = all.
-            logit_range: (start, stop): compute the logits of these ids alone, the others are -inf.
+            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.select`.
+            logits_to_keep: compute the logits of so many last ids only; 0 means all.
+            logit_range: (start, stop): compute the logits of these ids only; the others are -inf.
 
         Returns:
             `loss` (mean cross-entropy over labelled ids), `logits` (B, L, V), and what Llama returns; attentions are
             over filled positions.
 
         Raises:
-            ValueError: the numbers of slots and images differ, ids that the vocabulary has not, a mask of another
-                shape, or pixels with positions.
+            ValueError: the numbers of slots and images differ, ids outside the vocabulary, a mask of another shape,
+                or pixels together with `position_ids`.
         """
         if labels is not None and attention_mask is not None:
             # the first id behind padding would be predicted from the padding
@@ -4432,7 +4551,8 @@ class LavitAttentionPool(nn.Module):
 
 
 class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Query tokens read the codes by cross attention and become reconstructed features, then conditions.
+    """Query tokens read the codes by cross attention and become reconstructed features (paper section 3.1), which are
+    projected to the conditions of a UNet (Eq. 5).
 
     A code's position is its rank in the sequence: which patch it came from is not known.
     """
@@ -4543,6 +4663,10 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
             lengths: (B,) int64, 1 … `num_queries` each.
             output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
                 config says.
+
+        Returns:
+            `prompt_embeds` (B, `num_queries`, sum of `prompt_embed_dims`), and by variant `pooled_prompt_embeds` (B,
+            `pooled_embed_dim`) or `attention_mask` (B, `num_queries`).
 
         Raises:
             ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or
@@ -5086,13 +5210,14 @@ class LavitImageProcessor(SavedWithCodeMixin, PilBackend):
     - Other integers, signed or wide: 8-bit values where none exceeds 255, else 0 to the largest value of the dtype.
       Values above 255 that stay below 1/256 of the dtype's range are refused.
     - Floats 0 to 255, or 0 to 1 with `do_rescale=False`. What exceeds that a little, as the overshoot of a resize
-      does, is clipped. With `do_rescale=True` a maximum of at most 2 is refused: it is no 0 to 255 image, and 0 to 1
-      would be divided by 255 a second time.
+      does, is clipped. With `do_rescale=True` a maximum of at most 2 is refused: such an image ranges from 0 to 1, and
+      would be divided by 255 once more.
 
     Several images are a list, a tuple, a column of datasets, an array of objects, an iterator, or a 4-D array.
 
     Raises:
-        ValueError: not an image, truncated, without pixels, with too many pixels, NaN, out of range, ambiguous.
+        ValueError: what is given is no image, or is truncated; it has no pixels or too many; values are NaN or out of
+            range; or its dimensions are ambiguous.
     """
 
     valid_kwargs = LavitImageProcessorKwargs
@@ -5558,7 +5683,10 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             (`extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"}`). The id of code `k` is
             `eoi_token_id + 1 + k`.
         chat_template: Jinja; by default a question-and-answer prompt.
-        codebook_size: number of codes; codes above it are refused where it is known.
+        codebook_size: number of codes; where it is known, codes outside it are refused.
+
+    Raises:
+        ValueError: the tokenizer has no `[IMG]` and `[/IMG]` with adjacent ids.
     """
 
     valid_processor_kwargs = LavitProcessorKwargs
@@ -5629,8 +5757,8 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             given, and `mm_token_type_ids` (batch, length), 1 for ids of images, on request.
 
         Raises:
-            ValueError: marks and images disagree, a prompt is empty or longer than the context, codes out of range,
-                images that cannot be read, unknown mode, arguments that are not supported.
+            ValueError: marks and images do not match, a prompt is empty or longer than the context, codes are out of
+                range, an image cannot be read, the mode is unknown, or an argument is not supported.
         """
         given: dict[str, Any] = {**kwargs}
         mode = given.pop("generation_mode", None) or self.generation_mode

@@ -284,6 +284,7 @@ def test_a_file_is_no_place_for_a_folder(pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "taken")
 
 
+@pytest.mark.slow
 def test_without_the_package_the_folder_loads_is_saved_and_serves_an_offline_cache(folder, drawn, tmp_path):
     check_fresh(drawn, folder, tmp_path / "home1", save_to=tmp_path / "saved-by-task")
     fill_cache(tmp_path / "home2" / "hub" / "models--group--tiny", tmp_path / "saved-by-task")
@@ -312,6 +313,7 @@ def fill_cache(repository: Path, folder: Path):
             link.symlink_to(os.path.relpath(blob, link.parent))
 
 
+@pytest.mark.slow
 def test_what_is_pushed_arrives_and_loads_from_the_hub(folder, drawn, tmp_path):
     checkout = str(Path(modeling_lavit.__file__).parent.parent)
     with HubServer() as hub:
