@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING  # noqa: E402
 from transformers import AutoModelForMultimodalLM  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
+from modeling_lavit.processing import LavitImageProcessor, LavitProcessor  # noqa: E402
+
 from .configuration_lavit import (  # noqa: E402
     LavitConfig,
     LavitDetokenizerConfig,
@@ -25,7 +27,6 @@ from .modeling_lavit import LavitForConditionalGeneration, LavitModel  # noqa: E
 from .modeling_lavit_detokenizer import LavitDetokenizer  # noqa: E402
 from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer  # noqa: E402
 from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
-from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
 from .publishing import use_package  # noqa: E402
 from .registering_lavit import register_models  # noqa: E402
 from .visual_tokens_lavit import LavitVisualTokens  # noqa: E402
@@ -33,6 +34,7 @@ from .vocabulary_lavit import LavitVocabulary  # noqa: E402
 
 
 if TYPE_CHECKING:
+    from .blocks_lavit import LavitBlocks
     from .pipeline_lavit import LavitPipeline
     from .small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel
 
@@ -53,6 +55,7 @@ PIPELINE_REGISTRY.register_pipeline(
 )
 
 __all__ = [
+    "LavitBlocks",
     "LavitConfig",
     "LavitDetokenizer",
     "LavitDetokenizerConfig",

@@ -13,7 +13,9 @@ the package does. So no code is needed in the components' folders, and the model
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
@@ -34,6 +36,8 @@ from .saving_lavit import DIFFUSERS_CODE, TRANSFORMERS_CODE
 
 
 INDEX = "model_index.json"
+# of diffusers' modular pipelines: the file that names their blocks' class, and that class
+BLOCKS_CONFIG, BLOCKS_CLASS = "modular_config.json", "LavitBlocks"
 # components that live in the folder itself, not in a folder of their own, and their files there
 AT_ROOT = {
     "processor": ("processor_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json"),
@@ -63,7 +67,7 @@ def read_index(source: str | os.PathLike, **where) -> dict:
     return read_json_object(folder / INDEX)
 
 
-class LavitLoadingMixin:
+class LavitLoadingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object):
     """Loads a pipeline: fetches what is used alone, and looks at the files before anything is built."""
 
     @classmethod
@@ -190,10 +194,10 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
                 read_weight_map(file)
         files = [file for file in weights if weights_of(file.name)[1] == (variant and f".{variant}")]
         shapes = read_shapes([file for file in files if file.suffix == ".safetensors"], part)
-        model_class = getattr(diffusers, index[name][1], None)
-        if shapes is None or "quantization_config" in config or not hasattr(model_class, "from_config"):
+        build = getattr(getattr(diffusers, index[name][1], None), "from_config", None)
+        if shapes is None or "quantization_config" in config or build is None:
             continue
-        model = build_on_meta(lambda: model_class.from_config(config), config, len(shapes), part)  # noqa: B023
+        model = build_on_meta(partial(build, config), config, len(shapes), part)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         wrong = wrong_shapes(expected, shapes)
         if wrong:

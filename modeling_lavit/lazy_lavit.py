@@ -20,6 +20,7 @@ from .saving_lavit import DIFFUSERS_CODE
 # class -> the file that has it
 DIFFUSERS_CLASSES = {
     "LavitPipeline": "pipeline_lavit",
+    "LavitBlocks": "blocks_lavit",
     "LavitUNet2DConditionModel": "small_decoder_lavit",
     "LavitPatchAutoencoder": "small_decoder_lavit",
 }
@@ -96,6 +97,24 @@ def load_without_flag(pipeline_utils: ModuleType) -> None:
     base.from_pretrained = classmethod(from_pretrained)
 
 
+def load_blocks_without_flag(modular_pipeline: ModuleType) -> None:
+    """As [`load_without_flag`], for `ModularPipelineBlocks.from_pretrained(folder)`."""
+    base = modular_pipeline.ModularPipelineBlocks
+    load_any = base.from_pretrained.__func__
+
+    def from_pretrained(cls, source, **kwargs):
+        from .hub_lavit import DOWNLOAD_OPTIONS
+
+        if cls is base:
+            where = {name: kwargs[name] for name in (*DOWNLOAD_OPTIONS, "subfolder") if name in kwargs}
+            named = cls.load_config(source, **where).get("auto_map", {})
+            if named.get(cls.__name__) == f"{DIFFUSERS_CODE}.LavitBlocks":
+                return load("LavitBlocks")()
+        return load_any(cls, source, **kwargs)
+
+    base.from_pretrained = classmethod(from_pretrained)
+
+
 def register_task(auto_pipeline: ModuleType) -> None:
     """Makes `AutoPipelineForText2Image` know the pipeline."""
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = load("LavitPipeline")
@@ -115,5 +134,6 @@ def register_with_diffusers() -> None:
         "diffusers": name_classes_in,
         "diffusers.pipelines.pipeline_utils": load_without_flag,
         "diffusers.pipelines.auto_pipeline": register_task,
+        "diffusers.modular_pipelines.modular_pipeline": load_blocks_without_flag,
     }
     sys.meta_path.insert(0, ImportedLater(actions))
