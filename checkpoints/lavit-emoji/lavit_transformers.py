@@ -1615,6 +1615,18 @@ def take_rows(hidden_states: torch.Tensor, rows: torch.LongTensor) -> torch.Tens
     return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+def requested(layers: tuple[torch.Tensor, ...], asked: bool | list[int] | None) -> tuple[torch.Tensor | None, ...] | None:
+    """Of all layers' outputs those that `output_hidden_states` asks for: all, none, or a list of layers' numbers.
+
+    As in transformers, layers that are not on the list are None, so that every layer keeps its place.
+    """
+    if not asked:
+        return None
+    if asked is True:
+        return layers
+    return tuple(layer if index in asked else None for index, layer in enumerate(layers))
+
+
 class LavitAttention(nn.Module):
     """Multi-head attention, of a sequence to itself (`qkv` in one matrix) or to a context."""
 
@@ -3547,7 +3559,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         self,
         pixel_values: torch.Tensor,
         merger: LavitTokenMerger | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **selection_kwargs,
     ) -> LavitVisualFeatures:
@@ -3556,8 +3568,8 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             pixel_values: (B, 3, S, S), normalised.
             merger: another merger than the tokenizer's own (the language model's, for reading).
-            output_hidden_states, output_attentions: also return those of the encoder's layers; by default as the
-                config says.
+            output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
+                those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
         """
         recorded = {
@@ -3569,7 +3581,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             self._check_pixels(pixel_values)
             encoder = self.encoder(pixel_values.to(self.encoder.dtype), **recorded | {"output_hidden_states": True})
             features = encoder.hidden_states[-1][:, 1:]
-            hidden_states = encoder.hidden_states if recorded["output_hidden_states"] else None
+            hidden_states = requested(encoder.hidden_states, recorded["output_hidden_states"])
             attentions = encoder.attentions
         else:
             features = self.encode_patches(pixel_values)
@@ -3585,8 +3597,8 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             attentions=attentions,
         )
 
-    def _asked_for(self, name: str, given: bool | None) -> bool:
-        return bool(getattr(self.config, name, False) if given is None else given)
+    def _asked_for(self, name: str, given: bool | list[int] | None) -> bool | list[int]:
+        return (getattr(self.config, name, False) if given is None else given) or False
 
     def tokenize(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:
         """Discrete codes of the kept patches.
@@ -4278,12 +4290,14 @@ class LavitDetokenizerOutput(ModelOutput):
         pooled_prompt_embeds: (B, `pooled_embed_dim`), highres only.
         attention_mask: (B, N) bool, lowres only: which conditions count.
         last_hidden_state: (B, N, O), reconstructed encoder features.
+        hidden_states: the queries (B, N, C) before the first layer and after each one, where they were asked for.
     """
 
     prompt_embeds: torch.FloatTensor | None = None
     pooled_prompt_embeds: torch.FloatTensor | None = None
     attention_mask: torch.BoolTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor | None, ...] | None = None
 
 
 class LavitAttentionPool(nn.Module):
@@ -4382,15 +4396,24 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
         vectors[mask] = found
         return vectors, mask
 
-    def decode(self, vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Padded code vectors (B, n, D) and mask (B, n) to reconstructed features (B, N, O)."""
+    def decode(
+        self, vectors: torch.Tensor, mask: torch.Tensor, hidden_states: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Padded code vectors (B, n, D) and mask (B, n) to reconstructed features (B, N, O).
+
+        `hidden_states` gets the queries (B, N, C) before the first layer and after each one.
+        """
         hidden = self.in_proj(vectors.to(self.in_proj.weight.dtype)) * mask[..., None]
         context = hidden + self.position_embedding[:, : hidden.shape[1]]
         attention_mask = (~mask)[:, None, None].to(hidden.dtype) * PADDING_LOGIT
         queries = self.query_embedding.expand(len(hidden), -1, -1)
         attention_mask = attention_mask.expand(-1, -1, queries.shape[1], -1)
+        if hidden_states is not None:
+            hidden_states.append(queries)
         for layer in self.layers:
             queries = layer(queries, context, cross_attention_mask=attention_mask)
+            if hidden_states is not None:
+                hidden_states.append(queries)
         return self.fc2(torch.tanh(self.fc1(self.norm(queries))))
 
     def conditions(self, features: torch.Tensor) -> LavitDetokenizerOutput:
@@ -4401,11 +4424,19 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
         mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
         return LavitDetokenizerOutput(prompt_embeds, attention_mask=mask, last_hidden_state=features)
 
-    def forward(self, codes: torch.LongTensor, lengths: torch.LongTensor) -> LavitDetokenizerOutput:
+    @can_return_tuple
+    def forward(
+        self,
+        codes: torch.LongTensor,
+        lengths: torch.LongTensor,
+        output_hidden_states: bool | list[int] | None = None,
+    ) -> LavitDetokenizerOutput:
         """
         Args:
             codes: (sum of lengths,) in 0 … K-1, image after image.
             lengths: (B,), 1 … `num_queries` each.
+            output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
+                config says.
 
         Raises:
             ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or
@@ -4413,7 +4444,13 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
         """
         if lengths.ndim != 1 or not len(lengths) or int(lengths.min()) < 1:
             raise ValueError(f"lengths must be one an image, each from 1 on, got {lengths.tolist()}")
-        return self.conditions(self.decode(*self.pad(codes, lengths)))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states: list[torch.Tensor] | None = [] if output_hidden_states else None
+        output = self.conditions(self.decode(*self.pad(codes, lengths), hidden_states=states))
+        if states is not None:
+            output.hidden_states = requested(tuple(states), output_hidden_states)
+        return output
 
     def unconditional(self, batch_size: int, device: torch.device | None = None) -> LavitDetokenizerOutput:
         """The conditions of the unconditional stream: zeros, or (lowres) the learnt rows, zero-padded and masked.
@@ -4462,26 +4499,26 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- for message in messages -%}
     {%- set content = message.content or "" -%}
-    {%- set blocks = [{"type": "text", "text": content}] if content is string else content -%}
+    {%- set content = [{"type": "text", "text": content}] if content is string else content -%}
     {%- if generation_mode == "image" -%}
-        {%- for block in blocks -%}
+        {%- for block in content -%}
             {{- written(block) -}}
         {%- endfor -%}
     {%- elif message.role == "assistant" -%}
         {{- " Answer:" if state.asked -}}
         {%- generation -%}
             {{- " " if state.asked -}}
-            {{- joined(blocks) + "\\n" -}}
+            {{- joined(content) + "\\n" -}}
         {%- endgeneration -%}
         {%- set state.asked = false -%}
     {%- elif message.role == "system" -%}
         {{- "\\n" if state.asked -}}
-        {{- joined(blocks) + "\\n" -}}
+        {{- joined(content) + "\\n" -}}
         {%- set state.asked = false -%}
     {%- else -%}
         {{- "\\n" if state.asked -}}
         {%- set state.asked = false -%}
-        {%- for block in blocks -%}
+        {%- for block in content -%}
             {%- if block.type != "text" or block.text | trim -%}
                 {{- "Question:" if block.type == "text" and not state.asked -}}
                 {%- set state.asked = state.asked or block.type == "text" -%}

@@ -17,6 +17,7 @@ from vllm.multimodal.processing import (
     PromptUpdate,
     PromptUpdateDetails,
 )
+from vllm.multimodal.processing.processor import MultiModalProcessingResult
 from vllm.renderers import TokenizeParams
 
 from modeling_lavit.configuration_lavit import LavitConfig
@@ -77,7 +78,8 @@ class LavitMultiModalProcessor(BaseMultiModalProcessor[LavitProcessingInfo]):
         pixel_values = image_processor(hf_data["images"], return_tensors="pt", **hf_kwargs)["pixel_values"]
         with torch.no_grad():
             features = self.info.reader(pixel_values).pooler_output
-        return BatchFeature({"image_embeds": list(features)})
+        dtype = self.info.ctx.model_config.dtype
+        return BatchFeature({"image_embeds": [one.to(dtype) for one in features]})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -91,9 +93,10 @@ class LavitMultiModalProcessor(BaseMultiModalProcessor[LavitProcessingInfo]):
             return prompt
         text = self.info.get_tokenizer().decode(prompt)
         slots = [processor.image_token_ids] * text.count(processor.image_token)
-        return processor._encode(text, slots, 0, "text", {**processor.text_kwargs})[0]
+        return processor._encode(text, slots, 0, "text", processor.text_kwargs)[0]
 
-    def _maybe_apply_prompt_updates(self, mm_items: MultiModalDataItems, mm_res):
+    def _maybe_apply_prompt_updates(self, mm_items: MultiModalDataItems, mm_res: MultiModalProcessingResult):
+        """Refuses prompts with more or fewer slots than images."""
         slots = find_slots([torch.tensor(mm_res.prompt_ids)], self.info.get_hf_config().vocabulary)
         check_slots(slots, mm_items.get_count("image"))
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
