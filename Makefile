@@ -8,20 +8,20 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-versions test-extras test-peers test-serve test-app test-vllm bench generate pictures style docs
+.PHONY: help demo test test-versions test-extras test-peers test-serve test-app test-vllm bench generate images style docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
-	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/test_cli.py for some"
+	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/command_line for some"
 	@echo "make test-versions  the main job with the oldest and the newest libraries, each installed in a folder of its own"
 	@echo "make test-serve   a server on Ray under load, with a replica that is killed; make test-app  the app in a browser"
 	@echo "make test-vllm    vLLM, installed in an environment of its own, against the library"
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
 	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
-	@echo "make pictures  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
+	@echo "make images  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
-	@echo "make generate  set up, then write the code and the card of the embedded checkpoint anew"
+	@echo "make generate  set up, then write the code and the card of the embedded checkpoint again"
 	@echo "make style   set up, then check the style"
 
 demo: export OMP_NUM_THREADS ?= 1
@@ -100,10 +100,10 @@ bench: REPEATS := 5
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run --repeats $(REPEATS) --output benchmarks/results $(if $(ROWS),--only $(ROWS))
 
-pictures: export HF_HUB_OFFLINE := 1
-pictures: DATA := data/emoji
-pictures: SHOW = $(BIN)/lavit show $(1) --model $(MODEL) -o training/emoji/images/$(1).png
-pictures: $(INSTALLED)
+images: export HF_HUB_OFFLINE := 1
+images: DATA := data/emoji
+images: SHOW = $(BIN)/lavit show $(1) --model $(MODEL) -o training/emoji/images/$(1).png
+images: $(INSTALLED)
 	mkdir -p training/emoji/images
 	$(call SHOW,codebook) --data $(DATA)
 	$(call SHOW,kept) --data $(DATA)

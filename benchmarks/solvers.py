@@ -2,9 +2,9 @@
 
     python -m benchmarks.solvers --classifier DIR [--model DIR] [--data DIR] [--count 24] [--steps 5 10] [--intervals]
 
-Decodes the visual tokens of the first pictures of an image folder (with `metadata.jsonl`) from the same noise by every
+Decodes the visual tokens of the first images of an image folder (with `metadata.jsonl`) from the same noise by every
 solver; with `--intervals` also with guidance in the first or last half of the steps only. The distance is the root
-mean square difference of pixels in 0..1; the error is that to the picture which was tokenized.
+mean square difference of pixels in 0..1; the error is that to the image which was tokenized.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def main() -> None:
     classifier = Classifier.load(options.classifier)
     rows = [json.loads(line) for line in (options.data / "metadata.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["name"] in classifier.names][: options.count]
-    pictures = [Image.open(options.data / row["file_name"]) for row in rows]
-    pixel_values = pipe.processor.image_processor(pictures, return_tensors="pt").pixel_values
+    images = [Image.open(options.data / row["file_name"]) for row in rows]
+    pixel_values = pipe.processor.image_processor(images, return_tensors="pt").pixel_values
     with torch.no_grad():
         tokens = pipe.model.get_image_tokens(pixel_values)
-    originals = pipe.image_processor.preprocess(pictures, *pipe.default_size) / 2 + 0.5
+    originals = pipe.image_processor.preprocess(images, *pipe.default_size) / 2 + 0.5
     noise = pipe.prepare_latents(len(rows), *pipe.default_size, torch.Generator().manual_seed(0))
     config = pipe.scheduler.config
 
@@ -68,7 +68,7 @@ def main() -> None:
 
     reference, seconds = decode(DDIMScheduler, options.reference_steps, (0.0, 1.0))
     names = [row["name"] for row in rows]
-    print(f"{len(rows)} pictures, decoder guidance {pipe.defaults.decoder_guidance_scale}\n")
+    print(f"{len(rows)} images, decoder guidance {pipe.defaults.decoder_guidance_scale}\n")
     print(f"| solver | steps | distance to {options.reference_steps} | error | name top-5 | top-1 | seconds |")
     print("|---|---|---|---|---|---|---|")
 

@@ -55,7 +55,7 @@ def visual_config(
     num_patches = _shape(weights, "encoder.pos_embed", 3)[1] - 1
     side = round(num_patches**0.5)
     if side * side != num_patches:
-        raise ValueError(f"encoder.pos_embed is for {num_patches} patches, which make no square picture")
+        raise ValueError(f"encoder.pos_embed is for {num_patches} patches, which make no square image")
     codebook_size, codebook_dim = _shape(weights, "quantize.embedding.weight", 2)
     return LavitVisualTokenizerConfig(
         hidden_size=width,

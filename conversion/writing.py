@@ -108,7 +108,7 @@ def write_weights(plan: Plan, root: Path, progress: tqdm):
     for number, keys in enumerate(shards, 1):
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{plan.stem}{suffix}.safetensors"
-        # mapped anew for every shard, so that the pages of the last one are given back
+        # mapped again for every shard, so that the pages of the last one are given back
         weights = plan.read()
         tensors = {}
         for key in keys:

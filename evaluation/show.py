@@ -1,4 +1,4 @@
-"""Pictures that explain a checkpoint, as PNG files: `lavit show KIND`."""
+"""Images that explain a checkpoint, as PNG files: `lavit show KIND`."""
 
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ COLOURS = 256  # of a sheet, which keeps its file small
 
 
 def build_parser() -> Parser:
-    """`parse_args(...).run(options)` returns the picture."""
+    """`parse_args(...).run(options)` returns the image."""
     parser = Parser(prog="lavit show", description=__doc__.splitlines()[0])
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
 
@@ -40,25 +40,25 @@ def build_parser() -> Parser:
         )
         return kind
 
-    def add_of_pictures(name: str, run, description: str, example: str, count: int | None, size: int) -> Parser:
+    def add_of_images(name: str, run, description: str, example: str, count: int | None, size: int) -> Parser:
         kind = add(name, run, description, example)
         kind.add_argument(
-            "--data", nargs="+", required=True, metavar="FOLDER_OR_IMG", help="pictures, or folders of them"
+            "--data", nargs="+", required=True, metavar="FOLDER_OR_IMG", help="images, or folders of them"
         )
         kind.add_argument(
             "--count",
             type=positive_number,
             default=count,
-            help=f"pictures, at random where there are more (default: {count or 'all'})",
+            help=f"images, at random where there are more (default: {count or 'all'})",
         )
         kind.add_argument("--seed", type=seed_number, default=0, help="of what is random (default: 0)")
         kind.add_argument(
-            "--size", type=positive_number, default=size, help=f"side of a picture in pixels (default: {size})"
+            "--size", type=positive_number, default=size, help=f"side of an image in pixels (default: {size})"
         )
         kind.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
         return kind
 
-    kind = add_of_pictures(
+    kind = add_of_images(
         "codebook",
         codebook,
         "what codes stand for: the patches closest to each, with their surroundings",
@@ -71,18 +71,18 @@ def build_parser() -> Parser:
     which.add_argument(
         "--top", type=positive_number, default=12, help="show this many, the most used ones (default: 12)"
     )
-    add_of_pictures(
+    add_of_images(
         "reconstructions",
         reconstructions,
-        "pictures beside what is drawn from their visual tokens alone",
+        "images beside what is drawn from their visual tokens alone",
         "lavit show reconstructions --data data/emoji -o reconstructions.png --count 12",
         count=12,
         size=96,
     )
-    kind = add_of_pictures(
+    kind = add_of_images(
         "kept",
         kept,
-        "pictures beside the patches of them that are kept",
+        "images beside the patches of them that are kept",
         "lavit show kept --data data/emoji -o kept.png --count 12",
         count=12,
         size=96,
@@ -98,9 +98,9 @@ def build_parser() -> Parser:
 
 def codebook(options: argparse.Namespace) -> Image.Image:
     """`lavit show codebook`"""
-    from .pictures import codebook_sheet, find_pictures
+    from .sheets import codebook_sheet, find_images
 
-    paths = find_pictures(options.data, options.count, options.seed)
+    paths = find_images(options.data, options.count, options.seed)
     model, processor = load_reader(options)
     tokenizer, prepare = model.model.visual_tokenizer, processor.image_processor
     return codebook_sheet(tokenizer, prepare, paths, options.codes, options.top, size=options.size).quantize(COLOURS)
@@ -108,24 +108,24 @@ def codebook(options: argparse.Namespace) -> Image.Image:
 
 def reconstructions(options: argparse.Namespace) -> Image.Image:
     """`lavit show reconstructions`"""
-    from .pictures import find_pictures, reconstructions_sheet
+    from .sheets import find_images, reconstructions_sheet
 
-    paths = find_pictures(options.data, options.count, options.seed)
+    paths = find_images(options.data, options.count, options.seed)
     return reconstructions_sheet(load_pipeline(options), paths, options.seed, options.size).quantize(COLOURS)
 
 
 def kept(options: argparse.Namespace) -> Image.Image:
     """`lavit show kept`"""
-    from .pictures import find_pictures, kept_sheet
+    from .sheets import find_images, kept_sheet
 
-    paths = find_pictures(options.data, options.count, options.seed)
+    paths = find_images(options.data, options.count, options.seed)
     model, processor = load_reader(options)
     tokenizer, prepare = model.model.visual_tokenizer, processor.image_processor
     return kept_sheet(tokenizer, prepare, paths, options.keep_ratio, options.size).quantize(COLOURS)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Makes one picture; errors are those of the command `lavit`."""
+    """Makes one image; errors are those of the command `lavit`."""
     options = build_parser().parse_args(arguments)
     if options.output.suffix.lower() != ".png":
         raise ValueError(f"{options.output} has not the ending .png")

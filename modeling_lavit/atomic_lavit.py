@@ -32,7 +32,7 @@ CURRENT_FOLDER = -100
 def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder whose files become those of `folder` at the end; nothing changes if anything fails.
 
-    Files of `folder` that are not written anew stay, but for what belonged to those that are: shards and an index of
+    Files of `folder` that are not written again stay, but for what belonged to those that are: shards and an index of
     weights that are in one file now. A process that is killed leaves either the old files or the new ones: the two
     folders are swapped in one step. Where that cannot be (Windows, a mount point, the working directory), the index
     files are removed first and written last, so that what is half done does not load.
@@ -104,7 +104,7 @@ def _commit(stage: Path, folder: Path) -> None:
 
 
 def _stale(written: set[str], found: set[str]) -> set[str]:
-    """What belonged to files that are written anew, and does not any more."""
+    """What belonged to files that are written again, and does not any more."""
     stale = set()
     for name in written:
         path = Path(name)

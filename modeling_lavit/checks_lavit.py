@@ -32,6 +32,16 @@ def check_names(given: dict[str, Any]):
             raise ValueError(f"{name} is no argument of LavitPipeline: {OTHER_NAMES[name]}")
 
 
+def check_components(pipeline, what: str, *names: str):
+    """Says which of the components that `what` needs a pipeline was made without."""
+    missing = [name for name in names if getattr(pipeline, name) is None]
+    if missing:
+        raise ValueError(
+            f"{what} needs {' and '.join(missing)}, which this pipeline was made without: "
+            + ("it decodes visual_tokens alone" if "model" in names else "it makes visual tokens alone")
+        )
+
+
 def check_count(name: str, value: Any):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")

@@ -41,7 +41,7 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             they are lost.
         codebook_size, codebook_dim: number of codes and their dimension.
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
-            patch: as many tokens for any picture).
+            patch: as many tokens for any image).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
     """
 
@@ -145,10 +145,10 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
             `[/IMG]` and codes, and may be padded above that.
         visual_config: of the visual tokenizer.
         text_vocab_size: number of text ids; all other ids follow from it, see [`LavitVocabulary`].
-        share_understanding_merger: whether reading pictures uses the visual tokenizer's merger (checkpoints trained
+        share_understanding_merger: whether reading images uses the visual tokenizer's merger (checkpoints trained
             here) or one of its own (official checkpoints).
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
-            no pictures. Also an argument of `from_pretrained`.
+            no images. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
     """
 

@@ -147,7 +147,7 @@ class LavitDecodingLoop:
         generators: one per row; None for greedy search. A single generator in `joint_generator` instead draws all rows
             with one `torch.multinomial`, as the reference does.
         streamer: gets the prompt and then every step's ids.
-        restart_unconditional: whether the unconditional stream begins anew at every `[IMG]` that is written.
+        restart_unconditional: whether the unconditional stream starts again at every `[IMG]` that is written.
         drafter: proposes up to `draft_length` codes ahead of each forward, which verifies them all (arXiv 2311.08252).
             As the uniform number of every id to come is fixed, a code is kept if it is the one that would be drawn:
             what is written stays the same. A lone row does so: of several, all would wait for the slowest.
@@ -323,7 +323,7 @@ class LavitDecodingLoop:
         return input_ids[streams]
 
     def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
-        """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""
+        """Where `[IMG]` was just written, its unconditional stream starts again, with that id alone at position 0."""
         begins = (ids == self.vocabulary.boi_token_id).unsqueeze(1)
         mask, positions = model_kwargs["attention_mask"].clone(), model_kwargs["position_ids"].clone()
         mask[len(ids) :, :-1].masked_fill_(begins, 0)

@@ -4,6 +4,8 @@ them into every pipeline that they are put into."""
 from dataclasses import dataclass
 from typing import Any
 
+from .configuration_lavit import LavitDetokenizerConfig
+
 
 # (height, width) of the official high-resolution decoder
 ASPECT_RATIOS = {
@@ -41,23 +43,25 @@ class LavitDefaults:
 
 
 def image_preset(model) -> dict[str, Any]:
-    """How the model draws, as its generation config says: `generation_presets["image"]`."""
-    return (getattr(model.generation_config, "generation_presets", None) or {}).get("image", {})
+    """How the model draws, as its generation config says: `generation_presets["image"]`; nothing without a model."""
+    presets = getattr(model.generation_config, "generation_presets", None) if model else None
+    return (presets or {}).get("image", {})
 
 
-def read_defaults(model, detokenizer, default_size: tuple[int, int]) -> LavitDefaults:
-    """The settings that the configs of the language model and of the detokenizer hold.
+def read_defaults(model, detokenizer, default_size: tuple[int, int] | None) -> LavitDefaults:
+    """The settings that the configs of the language model and of the detokenizer hold, or else official ones.
 
     `default_size` is (height, width) in pixels of the UNet.
     """
-    preset, decoder = image_preset(model), detokenizer.config
+    preset = image_preset(model)
+    decoder = detokenizer.config if detokenizer else LavitDetokenizerConfig()
 
     def of_model(name: str, otherwise):
         return otherwise if preset.get(name) is None else preset[name]
 
     aspect_ratios = decoder.aspect_ratios
     if aspect_ratios is None:
-        aspect_ratios = ASPECT_RATIOS if default_size == (1024, 1024) else {"1:1": default_size}
+        aspect_ratios = {"1:1": default_size} if default_size not in (None, (1024, 1024)) else ASPECT_RATIOS
     return LavitDefaults(
         guidance_scale=of_model("guidance_scale", GUIDANCE_SCALE),
         multimodal_guidance_scale=of_model("multimodal_guidance_scale", MULTIMODAL_GUIDANCE_SCALE),
@@ -69,11 +73,11 @@ def read_defaults(model, detokenizer, default_size: tuple[int, int]) -> LavitDef
 
 
 def store_defaults(model, detokenizer, of_model: dict[str, Any], of_decoder: dict[str, Any]):
-    """Writes settings into the configs of the two; those that are None stay as they are."""
+    """Writes settings into the configs of those of the two that are there; settings that are None stay as they are."""
     drawing = {name: value for name, value in of_model.items() if value is not None}
-    if drawing:
+    if drawing and model:
         presets = getattr(model.generation_config, "generation_presets", None) or {}
         model.generation_config.generation_presets = {**presets, "image": image_preset(model) | drawing}
-    for name, value in of_decoder.items():
+    for name, value in of_decoder.items() if detokenizer else ():
         if value is not None:
             setattr(detokenizer.config, name, value)

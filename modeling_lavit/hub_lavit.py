@@ -225,12 +225,13 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
         ValueError: a file names others outside the folder; configurations and weights differ in size.
     """
     index = read_index(folder)
-    if "model" not in given:
+    names = component_names(index)
+    if "model" in names and "model" not in given:
         read_config(folder)
     for name in ("processor_config.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
-    for name in component_names(index):
+    for name in names:
         part = folder / name
         if name in given or name in AT_ROOT or not (part / "config.json").is_file():
             continue

@@ -72,7 +72,9 @@ def take_rows(hidden_states: torch.Tensor, rows: torch.LongTensor) -> torch.Tens
     return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
-def requested(layers: tuple[torch.Tensor, ...], asked: bool | list[int] | None) -> tuple[torch.Tensor | None, ...] | None:
+def requested(
+    layers: tuple[torch.Tensor, ...], asked: bool | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
     """Of all layers' outputs those that `output_hidden_states` asks for: all, none, or a list of layers' numbers.
 
     As in transformers, layers that are not on the list are None, so that every layer keeps its place.

@@ -13,6 +13,10 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -452,6 +456,11 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         logits = self.lm_head(hidden_states)
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return logits.masked_fill((ids < start) | (ids >= stop), float("-inf"))
+
+
+# By these names Trainer knows that it has to shift the labels that it smooths, and `transformers serve` what goes in.
+for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names[LavitConfig.model_type] = LavitForConditionalGeneration.__name__
 
 
 def _starts_a_sequence(input_ids: torch.Tensor | None, past: dict) -> bool:

@@ -42,7 +42,7 @@ class LavitTokenOutputMixin:
 
     @torch.no_grad()
     def decode_image_tokens(self, ids: torch.LongTensor) -> list:
-        """What `generate(generation_mode="image")` returned, (rows, L) ids, as a image for every row.
+        """What `generate(generation_mode="image")` returned, (rows, L) ids, as an image for every row.
 
         Everything that is no code is dropped, and so are padding and what follows `[/IMG]`. Without a pixel decoder
         ([`set_pixel_decoder`]) the codes are returned: a list of 1-D tensors.

@@ -19,6 +19,7 @@ from .candidates_lavit import Reranker, check_candidates, keep_best_candidates
 from .checks_lavit import (
     as_generators,
     as_visual_tokens,
+    check_components,
     check_count,
     check_interval,
     check_latents,
@@ -81,8 +82,17 @@ class LavitPipeline(
     the UNet, `guidance_rescale` and `output_type` behave as there. Threads may share a pipeline: a call changes no
     component and has a scheduler of its own. They draw by turns where weights are offloaded.
 
+    Each stage runs without the other's components, which are `None` then and are not fetched:
+
+    ```python
+    writer = LavitPipeline.from_pretrained(path, detokenizer=None, unet=None, vae=None, scheduler=None)
+    tokens = writer.generate_visual_tokens("a red apple")
+    decoder = LavitPipeline.from_pretrained(path, processor=None, model=None)
+    decoder(visual_tokens=tokens)
+    ```
+
     Args:
-        processor: a [`LavitProcessor`].
+        processor: a [`LavitProcessor`]; with `model` it makes visual tokens of prompts and images.
         model: a [`LavitForConditionalGeneration`].
         detokenizer: a [`LavitDetokenizer`]: visual tokens to the UNet's conditions.
         unet: a `UNet2DConditionModel` of SDXL's shape ("highres" detokenizer) or of SD 1.5's ("lowres").
@@ -97,7 +107,16 @@ class LavitPipeline(
     """
 
     model_cpu_offload_seq = "model->detokenizer->unet->vae"
-    _optional_components = ["vae", "safety_checker", "feature_extractor"]
+    _optional_components = [
+        "processor",
+        "model",
+        "detokenizer",
+        "unet",
+        "vae",
+        "scheduler",
+        "safety_checker",
+        "feature_extractor",
+    ]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = LavitDenoiser._callback_tensor_inputs
     # the text encoders that SDXL's LoRA files and methods speak of are none here
@@ -106,9 +125,9 @@ class LavitPipeline(
 
     def __init__(
         self,
-        processor: ProcessorMixin,
-        model: PreTrainedModel,
-        detokenizer: PreTrainedModel,
+        processor: ProcessorMixin | None,
+        model: PreTrainedModel | None,
+        detokenizer: PreTrainedModel | None,
         unet,
         vae,
         scheduler,
@@ -125,7 +144,7 @@ class LavitPipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs the feature_extractor that prepares its input")
-        if processor.boi_token_id != model.config.vocabulary.boi_token_id:
+        if processor and model and processor.boi_token_id != model.config.vocabulary.boi_token_id:
             raise ValueError(
                 f"the processor's [IMG] has the id {processor.boi_token_id}, the model's is "
                 f"{model.config.vocabulary.boi_token_id}: of different checkpoints, or tokenizer.json is missing"
@@ -156,11 +175,13 @@ class LavitPipeline(
                 "default_decoder_guidance_scale": default_decoder_guidance_scale,
             },
         )
-        self.vae_scale_factor = detokenizer.config.vae_scale_factor
-        sample_size = unet.config.sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        self.default_size = (height * self.vae_scale_factor, width * self.vae_scale_factor)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.default_size = None
+        if detokenizer and unet:
+            self.vae_scale_factor = detokenizer.config.vae_scale_factor
+            sample_size = unet.config.sample_size
+            height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+            self.default_size = (height * self.vae_scale_factor, width * self.vae_scale_factor)
+            self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._calls = RunningCalls()
 
     @property
@@ -221,6 +242,9 @@ class LavitPipeline(
             raise ValueError(f"{sorted(token_kwargs)} are of the stage that visual_tokens replace")
         if (prompt is None) == (visual_tokens is None):
             raise ValueError("give either prompt or visual_tokens" + ("" if prompt is None else ", not both"))
+        if prompt is not None:
+            check_components(self, "a prompt", "processor", "model")
+        check_components(self, "an image", "detokenizer", "unet", "scheduler")
         check_size(height, width, aspect_ratio, self.defaults.aspect_ratios, max(8, self.vae_scale_factor))
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_count("num_inference_steps", num_inference_steps)

@@ -62,7 +62,7 @@ class LavitSavingMixin:
         options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs} if push_to_hub else {}
         if kwargs:
             raise ValueError(f"{sorted(kwargs)} have no meaning here, or with push_to_hub=True only")
-        if self.model.config.generation_only:
+        if self.model and self.model.config.generation_only:
             raise ValueError("the model was loaded with generation_only=True: a pipeline is saved with all its parts")
         with replaced_together(save_directory) as folder:
             self._save_components(folder, variant, max_shard_size)
@@ -134,9 +134,12 @@ def write_pipeline(pipe, folder: Path) -> None:
     copy_own_class(type(pipe), folder)
     parameters = {name: value for name, value in pipe.config.items() if name not in index and not name.startswith("_")}
     write_json(folder / INDEX, {**index, **parameters})
-    write_code(folder, *(pipe.components[name] for name in AT_ROOT), pipeline=TEXT_TO_IMAGE)
-    name_classes(folder / "detokenizer", pipe.detokenizer)
-    for name, text in publisher.deploying().items():
+    is_whole = None not in (pipe.processor, pipe.model, pipe.detokenizer, pipe.unet, pipe.scheduler)
+    at_root = filter(None, (pipe.components[name] for name in AT_ROOT))
+    write_code(folder, *at_root, pipeline=TEXT_TO_IMAGE if is_whole else {})
+    if pipe.detokenizer:
+        name_classes(folder / "detokenizer", pipe.detokenizer)
+    for name, text in publisher.deploying().items() if is_whole else ():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 

@@ -36,7 +36,7 @@ class LavitPositions:
             last = self.own.gather(1, (kept - 1).clamp_min(0).unsqueeze(1))
             if not bool((kept == kept[0]).all() and (last == length - 1).all()):
                 raise ValueError(
-                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start anew"
+                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start again"
                 )
             return LavitPositions(self.own[:, : int(kept[0])], self.mask[:, :length])
         further = torch.arange(self.mask.shape[1], length, device=self.own.device).expand(len(self.own), -1)
@@ -122,7 +122,7 @@ def check_slots(slots: list[list[int]], num_images: int) -> None:
     if num_slots != num_images:
         raise ValueError(
             f"the prompts have {num_slots} image slots ([IMG][/IMG], written <image>), "
-            f"but pixel_values has {num_images} images"
+            f"but pixel_values has {num_images} images: every image has one slot, which no truncation may cut"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .checks_lavit import as_generators, check_count, check_names, check_scale
+from .checks_lavit import as_generators, check_components, check_count, check_names, check_scale
 from .denoising_lavit import TokenObserver
 from .prompts_lavit import Part, Prompt, as_batch, as_negative_texts
 from .visual_tokens_lavit import LavitVisualTokens
@@ -45,7 +45,8 @@ class LavitTokensMixin:
             negative_prompt: text that the images are guided away from, one for all prompts or one for each; what
                 stands in the unconditional stream, which is empty without it (and with `""`).
             temperature, top_k, top_p: of the sampling; by default as the model's generation config says.
-            max_image_tokens: at most so many tokens; by default the model's, at most what the detokenizer takes.
+            max_image_tokens: at most so many tokens; by default the model's, at most what the detokenizer takes, if
+                there is one.
             reference_compat: the reference's quirks, see [`LavitForConditionalGeneration.generate`].
             callback_on_token: called as `callback(step, ids)` with the newest ids (images,) of the whole batch after
                 every step.
@@ -60,6 +61,7 @@ class LavitTokensMixin:
                 context, an image that was left without visual tokens.
         """
         check_names(generate_kwargs)
+        check_components(self, "a prompt", "processor", "model")
         prompts = as_batch(prompt)
         check_count("num_images_per_prompt", num_images_per_prompt)
         generator = as_generators(generator, len(prompts) * num_images_per_prompt)
@@ -67,7 +69,7 @@ class LavitTokensMixin:
         if max_image_tokens is None:
             max_image_tokens = self.defaults.max_image_tokens
         check_count("max_image_tokens", max_image_tokens)
-        if max_image_tokens > self.detokenizer.config.num_queries:
+        if self.detokenizer and max_image_tokens > self.detokenizer.config.num_queries:
             raise ValueError(
                 f"max_image_tokens is {max_image_tokens}, but the detokenizer takes "
                 f"{self.detokenizer.config.num_queries} visual tokens at most"
@@ -128,6 +130,7 @@ class LavitTokensMixin:
         """
         if isinstance(image, list | tuple) and not image:
             raise ValueError("image is an empty list: give one image or more")
+        check_components(self, "an image to reconstruct", "processor", "model")
         prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
         pixel_values = prepared.pixel_values.to(self._execution_device)
         with self._calls.begin(one_at_a_time=self._takes_turns):

@@ -11,11 +11,12 @@ class LavitVocabulary:
 
     Args:
         text_vocab_size: number of text ids; `[IMG]` and `[/IMG]` follow right above them.
-        codebook_size: number of codes; code `k` has the id `visual_offset + k`.
+        codebook_size: number of codes; code `k` has the id `visual_offset + k`. None where it is not known: then
+            every id from `visual_offset` on is a code.
     """
 
     text_vocab_size: int
-    codebook_size: int
+    codebook_size: int | None
 
     @property
     def boi_token_id(self) -> int:
@@ -34,11 +35,19 @@ class LavitVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of ids in all."""
+        """Number of ids in all.
+
+        Raises:
+            ValueError: the number of codes is not known.
+        """
+        if self.codebook_size is None:
+            raise ValueError("the number of codes is not known: give codebook_size")
         return self.visual_offset + self.codebook_size
 
     def is_code(self, ids):
         """Whether ids are codes of images: of a number a bool, of a tensor a bool tensor of its shape."""
+        if self.codebook_size is None:
+            return ids >= self.visual_offset
         if isinstance(ids, torch.Tensor):
             return (ids >= self.visual_offset) & (ids < self.size)
         return self.visual_offset <= ids < self.size
@@ -58,16 +67,17 @@ class LavitVocabulary:
         Raises:
             ValueError: there are ids among them that are no codes.
         """
-        self._check(ids, self.visual_offset, self.size, "ids of codes")
+        self._check(ids, self.visual_offset, None if self.codebook_size is None else self.size, "ids of codes")
         return ids - self.visual_offset
 
     @staticmethod
-    def _check(values, start: int, stop: int, name: str) -> None:
+    def _check(values, start: int, stop: int | None, name: str) -> None:
         if isinstance(values, torch.Tensor):
             if torch.compiler.is_compiling() or values.device.type == "meta" or not values.numel():
                 return
             low, high = int(values.min()), int(values.max())
         else:
             low = high = values
-        if low < start or high >= stop:
-            raise ValueError(f"{name} go from {start} to {stop - 1}, got {low} to {high}")
+        if low < start or (stop is not None and high >= stop):
+            end = "on" if stop is None else f"to {stop - 1}"
+            raise ValueError(f"{name} go from {start} {end}, got {low} to {high}")

@@ -76,6 +76,9 @@ class LavitChatMixin(ProcessorMixin):
         where the message has them. With `generation_mode="image"` (a keyword, or an entry of `processor_kwargs`) the
         prompt is the messages' own text and images, and ends with `[IMG]`.
 
+        A batch of conversations is neither padded nor made a tensor unless `padding` or `return_tensors` asks for it,
+        as in transformers: trainers pad it themselves, with a mask.
+
         With `tokenize=True` the text of messages is text: neither control tokens of the tokenizer nor `<image>` typed
         in it mean anything, unless the images are given apart, in `processor_kwargs`. A template of one's own may
         write control tokens; then messages that hold one as text are refused.
@@ -97,6 +100,10 @@ class LavitChatMixin(ProcessorMixin):
             processor_kwargs[name] = kwargs.pop(name)
         processor_kwargs.pop("sanitize_control_tokens", None)  # always done
         processor_kwargs.setdefault("generation_mode", self.generation_mode)
+
+        is_batch = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
+        if is_batch and not {"padding", "return_tensors"} & {*kwargs, *processor_kwargs}:
+            processor_kwargs |= {"padding": False, "return_tensors": None}
 
         template = self.chat_template if chat_template is None else chat_template
         if isinstance(self.chat_template, dict):

@@ -16,7 +16,7 @@ ABBREVIATION = re.compile(
 
 
 class LavitPostProcessingMixin(ProcessorMixin):
-    """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id` and `visual_offset`."""
+    """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id`, `visual_offset` and `vocabulary`."""
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
         """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
@@ -100,7 +100,8 @@ class LavitPostProcessingMixin(ProcessorMixin):
 
     def _codes_of(self, ids: list[int]) -> torch.Tensor:
         ids = ids[: ids.index(self.eoi_token_id)] if self.eoi_token_id in ids else ids
-        return torch.tensor([i - self.visual_offset for i in ids if i >= self.visual_offset], dtype=torch.long)
+        codes = [self.vocabulary.codes_of(i) for i in ids if self.vocabulary.is_code(i)]
+        return torch.tensor(codes, dtype=torch.long)
 
     def _segments(self, ids: list[int], skip_special_tokens: bool, **kwargs) -> list[str | torch.Tensor]:
         segments, start = [], 0

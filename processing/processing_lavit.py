@@ -9,6 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from modeling_lavit.saving_lavit import SavedWithCodeMixin
+from modeling_lavit.vocabulary_lavit import LavitVocabulary
 
 from .chat_template_lavit import DEFAULT_CHAT_TEMPLATE, TYPED, LavitChatMixin
 from .image_processing_lavit import LavitImageProcessorKwargs, flatten_images, is_several
@@ -86,9 +87,13 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 'extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"} '
                 f"(boi_token_id is {self.boi_token_id}, eoi_token_id is {self.eoi_token_id})"
             )
-        self.visual_offset = self.eoi_token_id + 1
+        self.visual_offset = self.vocabulary.visual_offset
         self.image_token_id = self.boi_token_id
         self.image_token_ids = [self.boi_token_id, self.eoi_token_id]
+
+    @property
+    def vocabulary(self) -> LavitVocabulary:
+        return LavitVocabulary(self.boi_token_id, self.codebook_size)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -229,7 +234,7 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 f"visual_tokens of prompt {prompt} go from {min(codes)} to {max(codes)}; they are codes, "
                 f"counted from 0{'' if highest is None else f' to {highest}'}, not ids of the language model"
             )
-        return [self.visual_offset + code for code in codes]
+        return [self.vocabulary.ids_of(code) for code in codes]
 
     def _encode(
         self, prompt: str, images: list[list[int]], number: int, mode: str, text_kwargs: dict

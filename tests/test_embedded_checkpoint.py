@@ -54,13 +54,13 @@ def test_weights_are_half_precision_safetensors_under_40_megabytes():
         with safe_open(path, "pt") as file:
             types = {key: file.get_slice(key).get_dtype() for key in file.keys()}
         single = [key for key, kind in types.items() if kind != "F16"]
-        # small ones: codebooks, norms of the visual tokenizer, how often batch norm was updated, known pictures' codes
+        # small ones: codebooks, norms of the visual tokenizer, how often batch norm was updated, known images' codes
         small = ("codebook", "norm", "num_batches", "codes")
         assert all(any(part in key for part in small) for key in single), single
 
 
 def test_its_code_is_generated_from_the_package_and_formatted(tmp_path):
-    """`make generate` writes it anew."""
+    """`make generate` writes it again."""
     verdict = verify(CHECKPOINT)
     assert verdict.is_ours and len(verdict.same) == 2, verdict
     code = [str(path) for path in CHECKPOINT.glob("*.py")]
@@ -79,7 +79,7 @@ def test_everything_it_was_made_of_is_named():
     assert {(row["name"], row["style"]) for row in samples("held_out")} <= pairs
 
 
-def test_it_captions_pictures_it_was_trained_on(pipe):
+def test_it_captions_images_it_was_trained_on(pipe):
     rows = samples("train")
     images = [Image.open(SAMPLES / row["file_name"]) for row in rows]
     inputs = pipe.processor(images=images)
@@ -98,7 +98,7 @@ def test_it_draws_what_is_asked_for(pipe, classifier):
     assert scores["name_top5"] > 0.2
 
 
-def test_the_same_picture_gives_the_same_tokens_and_they_tell_what_it_was(pipe, classifier):
+def test_the_same_image_gives_the_same_tokens_and_they_tell_what_it_was(pipe, classifier):
     rows = samples("train")
     images = [Image.open(SAMPLES / row["file_name"]).convert("RGB") for row in rows]
     output = pipe.reconstruct(images, generator=seeded(len(images)))
@@ -107,7 +107,7 @@ def test_the_same_picture_gives_the_same_tokens_and_they_tell_what_it_was(pipe, 
     assert classifier.score(to_tensor(output.images, 48), [row["name"] for row in rows])["name_top5"] > 0.6
 
 
-def test_a_picture_and_a_text_are_one_prompt(pipe):
+def test_a_image_and_a_text_are_one_prompt(pipe):
     rows = samples("train")
     image = Image.open(SAMPLES / rows[0]["file_name"])
     first, second = (

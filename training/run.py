@@ -23,6 +23,7 @@ from modeling_lavit.training.callbacks import AfterStepCallback, EpochCallback, 
 from modeling_lavit.training.checkpoints import last_whole_checkpoint
 from modeling_lavit.training.recipe import Recipe
 from modeling_lavit.training.recipe_file import parse_yaml, read_values, validate
+from modeling_lavit.training.record import write_record
 from modeling_lavit.training.stage import Parts, Stage, StageTrainer, collate_of
 from modeling_lavit.training.train_language_model import LanguageModelStage
 from modeling_lavit.training.train_pixel_decoder import PixelDecoderStage
@@ -133,7 +134,7 @@ def run(stage: Stage, recipe: Recipe, arguments: TrainingArguments) -> None:
             (output_dir / "recipe.yaml").write_text(yaml.safe_dump(written(recipe), sort_keys=False), encoding="utf-8")
         whole = train(trainer, None if checkpoint is None else str(checkpoint))
         if trainer.is_world_process_zero():
-            write_result(stage, whole, parts, recipe, output_dir)
+            write_result(stage, whole, trainer, parts, recipe, output_dir)
         trainer.accelerator.wait_for_everyone()
     except Exception as error:
         path = output_dir / f"error-{arguments.process_index}.log"
@@ -198,12 +199,13 @@ def without_parameters(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def write_result(stage: Stage, model, parts: Parts, recipe: Recipe, output_dir: Path) -> None:
+def write_result(stage: Stage, model, trainer: StageTrainer, parts: Parts, recipe: Recipe, output_dir: Path) -> None:
     """Puts the result in place when it is whole."""
     partial = output_dir / ".final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     stage.finish(model, parts, recipe, partial)
+    write_record(trainer, recipe, partial)
     os.replace(partial, output_dir / "final")
     print(f"{output_dir}/final is complete")
 

@@ -87,7 +87,7 @@ class Means:
             self.counts[name] += values.numel()
 
     def take(self) -> dict[str, float]:
-        """The means, names without a value left out; it begins anew."""
+        """The means, names without a value left out; it starts again."""
         sums, counts = gather_dicts(dict(self.sums)), gather_dicts(dict(self.counts))
         self.sums.clear()
         self.counts.clear()

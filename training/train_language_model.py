@@ -221,7 +221,7 @@ def assemble_model(
     )
     for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
         setattr(text_config, key, getattr(text_tokenizer, key))
-    text_config.vocab_size = max(text_config.vocab_size, processor.visual_offset + visual_config.codebook_size)
+    text_config.vocab_size = max(text_config.vocab_size, processor.vocabulary.size)
     config = LavitConfig(
         text_config=text_config,
         visual_config=visual_config,

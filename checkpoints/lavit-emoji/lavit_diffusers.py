@@ -60,6 +60,7 @@ from .lavit_transformers import (
     TRANSFORMERS_CODE,
     AutoImageProcessor,
     LavitDetokenizer,
+    LavitDetokenizerConfig,
     LavitForConditionalGeneration,
     LavitImageProcessor,
     LavitModel,
@@ -259,6 +260,16 @@ def check_names(given: dict[str, Any]):
     for name in given:
         if name in OTHER_NAMES:
             raise ValueError(f"{name} is no argument of LavitPipeline: {OTHER_NAMES[name]}")
+
+
+def check_components(pipeline, what: str, *names: str):
+    """Says which of the components that `what` needs a pipeline was made without."""
+    missing = [name for name in names if getattr(pipeline, name) is None]
+    if missing:
+        raise ValueError(
+            f"{what} needs {' and '.join(missing)}, which this pipeline was made without: "
+            + ("it decodes visual_tokens alone" if "model" in names else "it makes visual tokens alone")
+        )
 
 
 def check_count(name: str, value: Any):
@@ -555,23 +566,25 @@ class LavitDefaults:
 
 
 def image_preset(model) -> dict[str, Any]:
-    """How the model draws, as its generation config says: `generation_presets["image"]`."""
-    return (getattr(model.generation_config, "generation_presets", None) or {}).get("image", {})
+    """How the model draws, as its generation config says: `generation_presets["image"]`; nothing without a model."""
+    presets = getattr(model.generation_config, "generation_presets", None) if model else None
+    return (presets or {}).get("image", {})
 
 
-def read_defaults(model, detokenizer, default_size: tuple[int, int]) -> LavitDefaults:
-    """The settings that the configs of the language model and of the detokenizer hold.
+def read_defaults(model, detokenizer, default_size: tuple[int, int] | None) -> LavitDefaults:
+    """The settings that the configs of the language model and of the detokenizer hold, or else official ones.
 
     `default_size` is (height, width) in pixels of the UNet.
     """
-    preset, decoder = image_preset(model), detokenizer.config
+    preset = image_preset(model)
+    decoder = detokenizer.config if detokenizer else LavitDetokenizerConfig()
 
     def of_model(name: str, otherwise):
         return otherwise if preset.get(name) is None else preset[name]
 
     aspect_ratios = decoder.aspect_ratios
     if aspect_ratios is None:
-        aspect_ratios = ASPECT_RATIOS if default_size == (1024, 1024) else {"1:1": default_size}
+        aspect_ratios = {"1:1": default_size} if default_size not in (None, (1024, 1024)) else ASPECT_RATIOS
     return LavitDefaults(
         guidance_scale=of_model("guidance_scale", GUIDANCE_SCALE),
         multimodal_guidance_scale=of_model("multimodal_guidance_scale", MULTIMODAL_GUIDANCE_SCALE),
@@ -583,12 +596,12 @@ def read_defaults(model, detokenizer, default_size: tuple[int, int]) -> LavitDef
 
 
 def store_defaults(model, detokenizer, of_model: dict[str, Any], of_decoder: dict[str, Any]):
-    """Writes settings into the configs of the two; those that are None stay as they are."""
+    """Writes settings into the configs of those of the two that are there; settings that are None stay as they are."""
     drawing = {name: value for name, value in of_model.items() if value is not None}
-    if drawing:
+    if drawing and model:
         presets = getattr(model.generation_config, "generation_presets", None) or {}
         model.generation_config.generation_presets = {**presets, "image": image_preset(model) | drawing}
-    for name, value in of_decoder.items():
+    for name, value in of_decoder.items() if detokenizer else ():
         if value is not None:
             setattr(detokenizer.config, name, value)
 
@@ -922,12 +935,13 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
         ValueError: a file names others outside the folder; configurations and weights differ in size.
     """
     index = read_index(folder)
-    if "model" not in given:
+    names = component_names(index)
+    if "model" in names and "model" not in given:
         read_config(folder)
     for name in ("processor_config.json", "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             read_json_object(folder / name)
-    for name in component_names(index):
+    for name in names:
         part = folder / name
         if name in given or name in AT_ROOT or not (part / "config.json").is_file():
             continue
@@ -993,7 +1007,7 @@ class LavitSavingMixin:
         options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs} if push_to_hub else {}
         if kwargs:
             raise ValueError(f"{sorted(kwargs)} have no meaning here, or with push_to_hub=True only")
-        if self.model.config.generation_only:
+        if self.model and self.model.config.generation_only:
             raise ValueError("the model was loaded with generation_only=True: a pipeline is saved with all its parts")
         with replaced_together(save_directory) as folder:
             self._save_components(folder, variant, max_shard_size)
@@ -1065,9 +1079,12 @@ def write_pipeline(pipe, folder: Path) -> None:
     copy_own_class(type(pipe), folder)
     parameters = {name: value for name, value in pipe.config.items() if name not in index and not name.startswith("_")}
     write_json(folder / INDEX, {**index, **parameters})
-    write_code(folder, *(pipe.components[name] for name in AT_ROOT), pipeline=TEXT_TO_IMAGE)
-    name_classes(folder / "detokenizer", pipe.detokenizer)
-    for name, text in publisher.deploying().items():
+    is_whole = None not in (pipe.processor, pipe.model, pipe.detokenizer, pipe.unet, pipe.scheduler)
+    at_root = filter(None, (pipe.components[name] for name in AT_ROOT))
+    write_code(folder, *at_root, pipeline=TEXT_TO_IMAGE if is_whole else {})
+    if pipe.detokenizer:
+        name_classes(folder / "detokenizer", pipe.detokenizer)
+    for name, text in publisher.deploying().items() if is_whole else ():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
 
@@ -1267,7 +1284,8 @@ class LavitTokensMixin:
             negative_prompt: text that the images are guided away from, one for all prompts or one for each; what
                 stands in the unconditional stream, which is empty without it (and with `""`).
             temperature, top_k, top_p: of the sampling; by default as the model's generation config says.
-            max_image_tokens: at most so many tokens; by default the model's, at most what the detokenizer takes.
+            max_image_tokens: at most so many tokens; by default the model's, at most what the detokenizer takes, if
+                there is one.
             reference_compat: the reference's quirks, see [`LavitForConditionalGeneration.generate`].
             callback_on_token: called as `callback(step, ids)` with the newest ids (images,) of the whole batch after
                 every step.
@@ -1282,6 +1300,7 @@ class LavitTokensMixin:
                 context, an image that was left without visual tokens.
         """
         check_names(generate_kwargs)
+        check_components(self, "a prompt", "processor", "model")
         prompts = as_batch(prompt)
         check_count("num_images_per_prompt", num_images_per_prompt)
         generator = as_generators(generator, len(prompts) * num_images_per_prompt)
@@ -1289,7 +1308,7 @@ class LavitTokensMixin:
         if max_image_tokens is None:
             max_image_tokens = self.defaults.max_image_tokens
         check_count("max_image_tokens", max_image_tokens)
-        if max_image_tokens > self.detokenizer.config.num_queries:
+        if self.detokenizer and max_image_tokens > self.detokenizer.config.num_queries:
             raise ValueError(
                 f"max_image_tokens is {max_image_tokens}, but the detokenizer takes "
                 f"{self.detokenizer.config.num_queries} visual tokens at most"
@@ -1350,6 +1369,7 @@ class LavitTokensMixin:
         """
         if isinstance(image, list | tuple) and not image:
             raise ValueError("image is an empty list: give one image or more")
+        check_components(self, "an image to reconstruct", "processor", "model")
         prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
         pixel_values = prepared.pixel_values.to(self._execution_device)
         with self._calls.begin(one_at_a_time=self._takes_turns):
@@ -1469,8 +1489,17 @@ class LavitPipeline(
     the UNet, `guidance_rescale` and `output_type` behave as there. Threads may share a pipeline: a call changes no
     component and has a scheduler of its own. They draw by turns where weights are offloaded.
 
+    Each stage runs without the other's components, which are `None` then and are not fetched:
+
+    ```python
+    writer = LavitPipeline.from_pretrained(path, detokenizer=None, unet=None, vae=None, scheduler=None)
+    tokens = writer.generate_visual_tokens("a red apple")
+    decoder = LavitPipeline.from_pretrained(path, processor=None, model=None)
+    decoder(visual_tokens=tokens)
+    ```
+
     Args:
-        processor: a [`LavitProcessor`].
+        processor: a [`LavitProcessor`]; with `model` it makes visual tokens of prompts and images.
         model: a [`LavitForConditionalGeneration`].
         detokenizer: a [`LavitDetokenizer`]: visual tokens to the UNet's conditions.
         unet: a `UNet2DConditionModel` of SDXL's shape ("highres" detokenizer) or of SD 1.5's ("lowres").
@@ -1485,7 +1514,16 @@ class LavitPipeline(
     """
 
     model_cpu_offload_seq = "model->detokenizer->unet->vae"
-    _optional_components = ["vae", "safety_checker", "feature_extractor"]
+    _optional_components = [
+        "processor",
+        "model",
+        "detokenizer",
+        "unet",
+        "vae",
+        "scheduler",
+        "safety_checker",
+        "feature_extractor",
+    ]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = LavitDenoiser._callback_tensor_inputs
     # the text encoders that SDXL's LoRA files and methods speak of are none here
@@ -1494,9 +1532,9 @@ class LavitPipeline(
 
     def __init__(
         self,
-        processor: ProcessorMixin,
-        model: PreTrainedModel,
-        detokenizer: PreTrainedModel,
+        processor: ProcessorMixin | None,
+        model: PreTrainedModel | None,
+        detokenizer: PreTrainedModel | None,
         unet,
         vae,
         scheduler,
@@ -1513,7 +1551,7 @@ class LavitPipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs the feature_extractor that prepares its input")
-        if processor.boi_token_id != model.config.vocabulary.boi_token_id:
+        if processor and model and processor.boi_token_id != model.config.vocabulary.boi_token_id:
             raise ValueError(
                 f"the processor's [IMG] has the id {processor.boi_token_id}, the model's is "
                 f"{model.config.vocabulary.boi_token_id}: of different checkpoints, or tokenizer.json is missing"
@@ -1544,11 +1582,13 @@ class LavitPipeline(
                 "default_decoder_guidance_scale": default_decoder_guidance_scale,
             },
         )
-        self.vae_scale_factor = detokenizer.config.vae_scale_factor
-        sample_size = unet.config.sample_size
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        self.default_size = (height * self.vae_scale_factor, width * self.vae_scale_factor)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.default_size = None
+        if detokenizer and unet:
+            self.vae_scale_factor = detokenizer.config.vae_scale_factor
+            sample_size = unet.config.sample_size
+            height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+            self.default_size = (height * self.vae_scale_factor, width * self.vae_scale_factor)
+            self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._calls = RunningCalls()
 
     @property
@@ -1609,6 +1649,9 @@ class LavitPipeline(
             raise ValueError(f"{sorted(token_kwargs)} are of the stage that visual_tokens replace")
         if (prompt is None) == (visual_tokens is None):
             raise ValueError("give either prompt or visual_tokens" + ("" if prompt is None else ", not both"))
+        if prompt is not None:
+            check_components(self, "a prompt", "processor", "model")
+        check_components(self, "an image", "detokenizer", "unet", "scheduler")
         check_size(height, width, aspect_ratio, self.defaults.aspect_ratios, max(8, self.vae_scale_factor))
         check_count("num_images_per_prompt", num_images_per_prompt)
         check_count("num_inference_steps", num_inference_steps)

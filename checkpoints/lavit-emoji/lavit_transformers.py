@@ -139,6 +139,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.processing_utils import (
     ImagesKwargs,
@@ -178,7 +182,7 @@ CURRENT_FOLDER = -100
 def replaced_together(folder: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder whose files become those of `folder` at the end; nothing changes if anything fails.
 
-    Files of `folder` that are not written anew stay, but for what belonged to those that are: shards and an index of
+    Files of `folder` that are not written again stay, but for what belonged to those that are: shards and an index of
     weights that are in one file now. A process that is killed leaves either the old files or the new ones: the two
     folders are swapped in one step. Where that cannot be (Windows, a mount point, the working directory), the index
     files are removed first and written last, so that what is half done does not load.
@@ -250,7 +254,7 @@ def _commit(stage: Path, folder: Path) -> None:
 
 
 def _stale(written: set[str], found: set[str]) -> set[str]:
-    """What belonged to files that are written anew, and does not any more."""
+    """What belonged to files that are written again, and does not any more."""
     stale = set()
     for name in written:
         path = Path(name)
@@ -702,11 +706,12 @@ class LavitVocabulary:
 
     Args:
         text_vocab_size: number of text ids; `[IMG]` and `[/IMG]` follow right above them.
-        codebook_size: number of codes; code `k` has the id `visual_offset + k`.
+        codebook_size: number of codes; code `k` has the id `visual_offset + k`. None where it is not known: then
+            every id from `visual_offset` on is a code.
     """
 
     text_vocab_size: int
-    codebook_size: int
+    codebook_size: int | None
 
     @property
     def boi_token_id(self) -> int:
@@ -725,11 +730,19 @@ class LavitVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of ids in all."""
+        """Number of ids in all.
+
+        Raises:
+            ValueError: the number of codes is not known.
+        """
+        if self.codebook_size is None:
+            raise ValueError("the number of codes is not known: give codebook_size")
         return self.visual_offset + self.codebook_size
 
     def is_code(self, ids):
         """Whether ids are codes of images: of a number a bool, of a tensor a bool tensor of its shape."""
+        if self.codebook_size is None:
+            return ids >= self.visual_offset
         if isinstance(ids, torch.Tensor):
             return (ids >= self.visual_offset) & (ids < self.size)
         return self.visual_offset <= ids < self.size
@@ -749,19 +762,20 @@ class LavitVocabulary:
         Raises:
             ValueError: there are ids among them that are no codes.
         """
-        self._check(ids, self.visual_offset, self.size, "ids of codes")
+        self._check(ids, self.visual_offset, None if self.codebook_size is None else self.size, "ids of codes")
         return ids - self.visual_offset
 
     @staticmethod
-    def _check(values, start: int, stop: int, name: str) -> None:
+    def _check(values, start: int, stop: int | None, name: str) -> None:
         if isinstance(values, torch.Tensor):
             if torch.compiler.is_compiling() or values.device.type == "meta" or not values.numel():
                 return
             low, high = int(values.min()), int(values.max())
         else:
             low = high = values
-        if low < start or high >= stop:
-            raise ValueError(f"{name} go from {start} to {stop - 1}, got {low} to {high}")
+        if low < start or (stop is not None and high >= stop):
+            end = "on" if stop is None else f"to {stop - 1}"
+            raise ValueError(f"{name} go from {start} {end}, got {low} to {high}")
 
 
 # -------- configuration_lavit.py
@@ -799,7 +813,7 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             they are lost.
         codebook_size, codebook_dim: number of codes and their dimension.
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
-            patch: as many tokens for any picture).
+            patch: as many tokens for any image).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
     """
 
@@ -903,10 +917,10 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
             `[/IMG]` and codes, and may be padded above that.
         visual_config: of the visual tokenizer.
         text_vocab_size: number of text ids; all other ids follow from it, see [`LavitVocabulary`].
-        share_understanding_merger: whether reading pictures uses the visual tokenizer's merger (checkpoints trained
+        share_understanding_merger: whether reading images uses the visual tokenizer's merger (checkpoints trained
             here) or one of its own (official checkpoints).
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
-            no pictures. Also an argument of `from_pretrained`.
+            no images. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
     """
 
@@ -1318,7 +1332,7 @@ class LavitDecodingLoop:
         generators: one per row; None for greedy search. A single generator in `joint_generator` instead draws all rows
             with one `torch.multinomial`, as the reference does.
         streamer: gets the prompt and then every step's ids.
-        restart_unconditional: whether the unconditional stream begins anew at every `[IMG]` that is written.
+        restart_unconditional: whether the unconditional stream starts again at every `[IMG]` that is written.
         drafter: proposes up to `draft_length` codes ahead of each forward, which verifies them all (arXiv 2311.08252).
             As the uniform number of every id to come is fixed, a code is kept if it is the one that would be drawn:
             what is written stays the same. A lone row does so: of several, all would wait for the slowest.
@@ -1494,7 +1508,7 @@ class LavitDecodingLoop:
         return input_ids[streams]
 
     def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
-        """Where `[IMG]` was just written, its unconditional stream begins anew, with that id alone at position 0."""
+        """Where `[IMG]` was just written, its unconditional stream starts again, with that id alone at position 0."""
         begins = (ids == self.vocabulary.boi_token_id).unsqueeze(1)
         mask, positions = model_kwargs["attention_mask"].clone(), model_kwargs["position_ids"].clone()
         mask[len(ids) :, :-1].masked_fill_(begins, 0)
@@ -1615,7 +1629,9 @@ def take_rows(hidden_states: torch.Tensor, rows: torch.LongTensor) -> torch.Tens
     return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
-def requested(layers: tuple[torch.Tensor, ...], asked: bool | list[int] | None) -> tuple[torch.Tensor | None, ...] | None:
+def requested(
+    layers: tuple[torch.Tensor, ...], asked: bool | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
     """Of all layers' outputs those that `output_hidden_states` asks for: all, none, or a list of layers' numbers.
 
     As in transformers, layers that are not on the list are None, so that every layer keeps its place.
@@ -1771,7 +1787,7 @@ class LavitPositions:
             last = self.own.gather(1, (kept - 1).clamp_min(0).unsqueeze(1))
             if not bool((kept == kept[0]).all() and (last == length - 1).all()):
                 raise ValueError(
-                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start anew"
+                    f"the cache was cut to {length} positions, within an image: cut it behind an id, or start again"
                 )
             return LavitPositions(self.own[:, : int(kept[0])], self.mask[:, :length])
         further = torch.arange(self.mask.shape[1], length, device=self.own.device).expand(len(self.own), -1)
@@ -1857,7 +1873,7 @@ def check_slots(slots: list[list[int]], num_images: int) -> None:
     if num_slots != num_images:
         raise ValueError(
             f"the prompts have {num_slots} image slots ([IMG][/IMG], written <image>), "
-            f"but pixel_values has {num_images} images"
+            f"but pixel_values has {num_images} images: every image has one slot, which no truncation may cut"
         )
 
 
@@ -2415,7 +2431,7 @@ class LavitTokenOutputMixin:
 
     @torch.no_grad()
     def decode_image_tokens(self, ids: torch.LongTensor) -> list:
-        """What `generate(generation_mode="image")` returned, (rows, L) ids, as a image for every row.
+        """What `generate(generation_mode="image")` returned, (rows, L) ids, as an image for every row.
 
         Everything that is no code is dropped, and so are padding and what follows `[/IMG]`. Without a pixel decoder
         ([`set_pixel_decoder`]) the codes are returned: a list of 1-D tensors.
@@ -4264,6 +4280,11 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         return logits.masked_fill((ids < start) | (ids >= stop), float("-inf"))
 
 
+# By these names Trainer knows that it has to shift the labels that it smooths, and `transformers serve` what goes in.
+for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names[LavitConfig.model_type] = LavitForConditionalGeneration.__name__
+
+
 def _starts_a_sequence(input_ids: torch.Tensor | None, past: dict) -> bool:
     return (
         input_ids is not None and all(cache is None for cache in past.values()) and not torch.compiler.is_compiling()
@@ -4544,6 +4565,9 @@ class LavitChatMixin(ProcessorMixin):
         where the message has them. With `generation_mode="image"` (a keyword, or an entry of `processor_kwargs`) the
         prompt is the messages' own text and images, and ends with `[IMG]`.
 
+        A batch of conversations is neither padded nor made a tensor unless `padding` or `return_tensors` asks for it,
+        as in transformers: trainers pad it themselves, with a mask.
+
         With `tokenize=True` the text of messages is text: neither control tokens of the tokenizer nor `<image>` typed
         in it mean anything, unless the images are given apart, in `processor_kwargs`. A template of one's own may
         write control tokens; then messages that hold one as text are refused.
@@ -4565,6 +4589,10 @@ class LavitChatMixin(ProcessorMixin):
             processor_kwargs[name] = kwargs.pop(name)
         processor_kwargs.pop("sanitize_control_tokens", None)  # always done
         processor_kwargs.setdefault("generation_mode", self.generation_mode)
+
+        is_batch = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "messages")
+        if is_batch and not {"padding", "return_tensors"} & {*kwargs, *processor_kwargs}:
+            processor_kwargs |= {"padding": False, "return_tensors": None}
 
         template = self.chat_template if chat_template is None else chat_template
         if isinstance(self.chat_template, dict):
@@ -5142,7 +5170,7 @@ ABBREVIATION = re.compile(
 
 
 class LavitPostProcessingMixin(ProcessorMixin):
-    """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id` and `visual_offset`."""
+    """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id`, `visual_offset` and `vocabulary`."""
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
         """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
@@ -5226,7 +5254,8 @@ class LavitPostProcessingMixin(ProcessorMixin):
 
     def _codes_of(self, ids: list[int]) -> torch.Tensor:
         ids = ids[: ids.index(self.eoi_token_id)] if self.eoi_token_id in ids else ids
-        return torch.tensor([i - self.visual_offset for i in ids if i >= self.visual_offset], dtype=torch.long)
+        codes = [self.vocabulary.codes_of(i) for i in ids if self.vocabulary.is_code(i)]
+        return torch.tensor(codes, dtype=torch.long)
 
     def _segments(self, ids: list[int], skip_special_tokens: bool, **kwargs) -> list[str | torch.Tensor]:
         segments, start = [], 0
@@ -5454,9 +5483,13 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 'extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"} '
                 f"(boi_token_id is {self.boi_token_id}, eoi_token_id is {self.eoi_token_id})"
             )
-        self.visual_offset = self.eoi_token_id + 1
+        self.visual_offset = self.vocabulary.visual_offset
         self.image_token_id = self.boi_token_id
         self.image_token_ids = [self.boi_token_id, self.eoi_token_id]
+
+    @property
+    def vocabulary(self) -> LavitVocabulary:
+        return LavitVocabulary(self.boi_token_id, self.codebook_size)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -5597,7 +5630,7 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
                 f"visual_tokens of prompt {prompt} go from {min(codes)} to {max(codes)}; they are codes, "
                 f"counted from 0{'' if highest is None else f' to {highest}'}, not ids of the language model"
             )
-        return [self.visual_offset + code for code in codes]
+        return [self.vocabulary.ids_of(code) for code in codes]
 
     def _encode(
         self, prompt: str, images: list[list[int]], number: int, mode: str, text_kwargs: dict

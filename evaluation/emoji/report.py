@@ -20,7 +20,7 @@ from PIL import Image
 
 from modeling_lavit.command_line.common import Parser, check_outputs, load_pipeline
 from modeling_lavit.evaluation.emoji.classifier import Classifier
-from modeling_lavit.evaluation.pictures import samples_sheet
+from modeling_lavit.evaluation.sheets import samples_sheet
 
 
 class ImageRows:

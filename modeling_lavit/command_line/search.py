@@ -14,7 +14,7 @@ def add_commands(add) -> None:
         help="rank the images of a folder for a text",
         description="Prints the images of a folder that a text describes best, with the log-likelihood of the text "
         "as their caption.",
-        example='lavit search "a red apple" pictures --top 5',
+        example='lavit search "a red apple" images --top 5',
     )
     command.add_argument("text", type=non_empty_text, help="what to look for")
     command.add_argument("folder", type=Path, metavar="FOLDER", help="images, in folders below it too")

@@ -2,7 +2,7 @@
 
 A card is made of what lies in the folder: configurations, headers of weights, `training.json` of a training run, and
 `evaluation/*.json`, the results of `lavit evaluate`. No figure is typed. A section that someone has changed, and
-metadata that someone has written, stay when the card is made anew; so every section ends with a mark of its text.
+metadata that someone has written, stay when the card is generated again; every section ends with a mark of its text.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ README = "README.md"
 KINDS = {"lavit": "reader", "lavit_visual_tokenizer": "visual_tokenizer", "lavit_detokenizer": "detokenizer"}
 TITLES = {
     "adapter": "LoRA adapter of LaVIT",
+    "decoder": "LaVIT's pixel decoder",
     "detokenizer": "LaVIT's detokenizer",
     "processor": "LaVIT's processor",
     "visual_tokenizer": "LaVIT's visual tokenizer",
@@ -114,7 +115,7 @@ def model_card(
 
 
 def merge_cards(theirs: str, ours: str) -> str:
-    """A card made anew, with what was changed in the one that is there.
+    """A card generated again, with what was changed in the one that is there.
 
     Args:
         theirs: the card that is there. Sections without a mark, or that differ from it, are someone's own, as are
@@ -137,8 +138,8 @@ def merge_cards(theirs: str, ours: str) -> str:
     for section in _sections(HEAD.sub("", theirs)):
         mark = MARKED.search(section)
         is_made = mark is not None and mark[1] == _digest(MARKED.sub("", section))
-        made_anew = new.pop(_title(section), None)
-        merged.append((made_anew if is_made and made_anew else section).strip())
+        made_again = new.pop(_title(section), None)
+        merged.append((made_again if is_made and made_again else section).strip())
     merged += [section.strip() for section in new.values()]
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000).strip()
     return f"---\n{head}\n---\n\n" + "\n\n".join(merged) + "\n"
@@ -166,7 +167,9 @@ def _as_list(value) -> list:
 
 
 def _kind(folder: Path) -> tuple[str, dict]:
-    for name, kind in (("model_index.json", "pipeline"), ("adapter_config.json", "adapter"), ("config.json", None)):
+    if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
+        return "decoder", {}
+    for name, kind in (("unet/config.json", "pipeline"), ("adapter_config.json", "adapter"), ("config.json", None)):
         if (folder / name).is_file():
             file = folder / ("config.json" if kind == "pipeline" else name)
             config = read_json_object(file)
@@ -192,7 +195,7 @@ def _facts(kind: str, folder: Path, config: dict) -> dict[str, str]:
         side = visual.image_size
         facts["images that are read"] = f"{side} × {side} pixels, {visual.num_patches} patches"
         facts["visual codes"] = str(visual.codebook_size)
-    if kind == "pipeline":
+    if kind in ("pipeline", "decoder"):
         decoder = LavitDetokenizerConfig.from_pretrained(folder / "detokenizer")
         side = read_json_object(folder / "unet" / "config.json")["sample_size"]
         size = [decoder.vae_scale_factor * one for one in ([side, side] if isinstance(side, int) else side)]

@@ -1,4 +1,4 @@
-"""Writes the code and the card of a saved folder anew: `python -m modeling_lavit.publishing.refresh FOLDER`."""
+"""Writes the code and the card of a saved folder again: `python -m modeling_lavit.publishing.refresh FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -76,7 +76,7 @@ class Visitor:
 
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            # the page may draw anew what is looked at
+            # the page may draw again what is looked at
             with contextlib.suppress(StaleElementReferenceException):
                 if found := condition():
                     return found

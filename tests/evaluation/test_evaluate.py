@@ -66,7 +66,7 @@ def test_answers_of_a_submission_file_are_scored(name, tmp_path, capsys):
     assert "LaVIT, paper" in capsys.readouterr().out
 
 
-def test_the_embedded_checkpoint_captions_images_and_a_second_call_writes_nothing_anew(tmp_path, capsys):
+def test_the_embedded_checkpoint_captions_images_and_a_second_call_writes_nothing_again(tmp_path, capsys):
     arguments = ["captions", "--annotations", FIXTURES / "captions_nocaps.json", "--images", IMAGES, "--batch-size", 2]
     assert run(*arguments, "--output", tmp_path) in (0, None)
     results = read(tmp_path / "results.json")

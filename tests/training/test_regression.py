@@ -20,7 +20,7 @@ def test_the_regression_head_points_at_vectors_and_comes_back_from_a_file(tmp_pa
 
 @torch.no_grad()
 def test_drawing_by_regression_takes_the_nearest_code_of_the_guided_vector(model):
-    """Step by step without a cache, it is the same picture."""
+    """Step by step without a cache, it is the same image."""
     processor = LavitProcessor.from_pretrained(LAVIT_EMOJI)
     vocabulary = model.config.vocabulary
 

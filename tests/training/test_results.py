@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from modeling_lavit import LavitForConditionalGeneration, LavitPipeline
 from modeling_lavit.checkpoints import LAVIT_EMOJI
 from modeling_lavit.command_line import main as lavit
+from modeling_lavit.publishing.card import model_card
 from modeling_lavit.training import results
 
 
@@ -43,6 +44,11 @@ def test_a_folder_of_images_becomes_a_model_that_reads_and_draws(tmp_path, capsy
     final = train(tmp_path / "run", "finetune", f"data.path={images}", "data.validation=0.5")
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert any({"eval_text_loss", "eval_code_loss"} <= record.keys() for record in records)
+    record = json.loads((final / "training.json").read_text())
+    assert record["stage"] == "language-model" and record["steps"] == 1 and "torch " in record["versions"]
+    assert record["validation loss"].endswith("at step 1)") and Image.open(final / "losses.png").width > 100
+    card = model_card(final, repository="me/mine")
+    assert "- steps: 1\n" in card and "![losses](losses.png)" in card
     capsys.readouterr()
     drawing = tmp_path / "drawn.png"
     assert lavit(["generate", "a cat face", "--model", str(final), "-o", str(drawing), "--seed", "0"]) == 0

@@ -221,7 +221,7 @@ def split_pairs(emoji: Iterable[tuple[str, str, Iterable[str]]], seed: int = SEE
 
     3 % of the names are unseen in every style. Of the other pairs, 5 % are held out: at most one per name, only of
     names that at least four styles draw, spread evenly over the styles. Each category is drawn for on its own, so
-    that the split of a image does not depend on which categories were asked for.
+    that the split of an image does not depend on which categories were asked for.
 
     Args:
         emoji: (name, category, styles) of every emoji.

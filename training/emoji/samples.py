@@ -22,7 +22,7 @@ def collate_named(items: list[dict]) -> dict[str, torch.Tensor | None]:
 
 
 class NamedSamples(torch.utils.data.Dataset):
-    """Draws a task for each image with a name and a style anew in every epoch, the same one for the same seed, epoch
+    """Draws a task for each image with a name and a style again in every epoch, the same one for the same seed, epoch
     and position.
 
     Args:

@@ -33,7 +33,7 @@ def load(data: dict, **options):
 
 
 def png(number: int) -> bytes:
-    """A picture of 20x10 pixels in one colour, which tells its number."""
+    """An image of 20x10 pixels in one colour, which tells its number."""
     file = io.BytesIO()
     Image.new("RGB", (20, 10), (number, 2 * number, 255 - number)).save(file, "png")
     return file.getvalue()
@@ -51,14 +51,14 @@ def truncated_jpeg() -> bytes:
 
 
 def huge_png() -> bytes:
-    """A picture that says it has 20000x20000 pixels, in a few bytes."""
+    """An image that says it has 20000x20000 pixels, in a few bytes."""
     content = bytearray(png(0))
     content[16:24] = (20000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
     return bytes(content)
 
 
-BROKEN = {1: b"no picture", 3: truncated_jpeg(), 4: huge_png()}
+BROKEN = {1: b"no image", 3: truncated_jpeg(), 4: huge_png()}
 COUNT = 10
 
 
@@ -67,7 +67,7 @@ def images() -> list[bytes]:
 
 
 def texts() -> list[str]:
-    return [f"picture {i}" if i != 6 else " " for i in range(COUNT)]
+    return [f"image {i}" if i != 6 else " " for i in range(COUNT)]
 
 
 USABLE = [0, 2, 5, 7, 8, 9]
@@ -122,7 +122,7 @@ def test_every_source_gives_the_same_items_without_its_broken_rows(tmp_path, cap
     for item in items:
         assert item.keys() == {"position", "images", "text"}
         assert item["images"].dtype == torch.uint8 and torch.equal(item["images"], image_of(item["position"]))
-        assert item["text"] == f"picture {item['position']}"
+        assert item["text"] == f"image {item['position']}"
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(messages) == 5
     for row, words in (
@@ -141,7 +141,7 @@ def test_every_rank_and_worker_reads_rows_of_its_own_under_the_same_positions(tm
     assert many.rows.num_shards == 4
     for stream in (many, load({**parquet(tmp_path / "one"), "streaming": True})):
         expected = {item["position"]: item["text"] for item in one_epoch(stream)}
-        assert sorted(expected.values()) == [f"picture {i}" for i in USABLE]
+        assert sorted(expected.values()) == [f"image {i}" for i in USABLE]
         for num_ranks, num_workers in ((2, 0), (1, 2), (2, 2), (3, 0)):
             read = Counter()
             for rank in range(num_ranks):
@@ -245,7 +245,7 @@ def test_one_of_several_captions_is_drawn_for_each_epoch(tmp_path):
     assert [item["text"] for item in itertools.islice(stream, 18)] == [text for epoch in drawn for text in epoch]
 
 
-def test_codes_that_were_computed_before_need_no_pictures(tmp_path):
+def test_codes_that_were_computed_before_need_no_images(tmp_path):
     table = pa.table({"codes": pa.array([[1, 2, 3], [], None, [4]], pa.list_(pa.int32())), "text": list("abcd")})
     pq.write_table(table, tmp_path / "data.parquet")
     data = {"path": "parquet", "data_files": str(tmp_path / "data.parquet"), "codes_column": "codes"}
@@ -287,7 +287,7 @@ def test_a_file_that_is_no_parquet_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_source_in_which_everything_is_broken_is_an_error(tmp_path, streaming):
-    pq.write_table(pa.table({"image": [b"no picture"] * 7}), tmp_path / "data.parquet")
+    pq.write_table(pa.table({"image": [b"no image"] * 7}), tmp_path / "data.parquet")
     data = {"path": "parquet", "data_files": str(tmp_path / "data.parquet"), "streaming": streaming}
     with pytest.raises(ValueError, match=r"no row that can be used \(7 rows: 7 with a broken image\)"):
         next(iter(load(data)))

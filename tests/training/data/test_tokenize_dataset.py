@@ -36,13 +36,13 @@ def images() -> list[bytes]:
     for i in range(COUNT):
         file = io.BytesIO()
         Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "png")
-        contents.append(b"no picture" if i in BROKEN else file.getvalue())
+        contents.append(b"no image" if i in BROKEN else file.getvalue())
     return contents
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> tuple[str, ...]:
-    """Arguments for two parquet files of pictures, texts and numbers, some pictures broken."""
+    """Arguments for two parquet files of images, texts and numbers, some images broken."""
     folder = tmp_path_factory.mktemp("source")
     contents = [{"bytes": content, "path": None} for content in images()]
     table = pa.table({"image": contents, "text": [f"text {i}" for i in range(COUNT)], "number": range(COUNT)})
@@ -81,7 +81,7 @@ def contents(folder: Path) -> dict:
     }
 
 
-def test_every_readable_row_has_the_codes_that_the_model_gives_its_picture(whole, checkpoint):
+def test_every_readable_row_has_the_codes_that_the_model_gives_its_image(whole, checkpoint):
     rows = load_dataset("parquet", data_files=f"{whole}/*.parquet", split="train")
     assert len(list(whole.glob("*.parquet"))) == SHARDS
     readable = [i for i in range(COUNT) if i not in BROKEN]
@@ -115,7 +115,7 @@ def test_the_shards_are_a_source_for_training(whole):
     )
 
 
-def test_pictures_can_be_kept_beside_their_codes(source, checkpoint, whole, tmp_path):
+def test_images_can_be_kept_beside_their_codes(source, checkpoint, whole, tmp_path):
     assert tokenize(*source, "--keep-images", "--output", str(tmp_path), "--model", checkpoint) == 0
     data = Data(path="parquet", data_files=f"{tmp_path}/*.parquet", codes_column="codes", streaming=True)
     item = next(iter(load_source(data, image_size=16)))
@@ -258,13 +258,13 @@ DATA = tuple("--dataset parquet --data-files data.parquet --output new".split())
     ("arguments", "message"),
     [
         ((), "give images, or --dataset and --output, and not both"),
-        (("apple.png", "--dataset", "pictures", "--output", "new"), "and not both"),
+        (("apple.png", "--dataset", "images", "--output", "new"), "and not both"),
         (("apple.png", "--output", "new"), "--output goes with --dataset"),
         (("apple.png", "--shard-size", "4"), "--shard-size goes with --dataset"),
-        (("--dataset", "pictures"), "--dataset needs --output"),
-        (("--dataset", "pictures", "--output", "file"), "file is a file"),
-        (("--dataset", "pictures", "--output", "new", "--show", "kept.png"), "go with images"),
-        (("--dataset", "pictures", "--output", "new", "--batch-size", "0"), "'0' is no positive whole number"),
+        (("--dataset", "images"), "--dataset needs --output"),
+        (("--dataset", "images", "--output", "file"), "file is a file"),
+        (("--dataset", "images", "--output", "new", "--show", "kept.png"), "go with images"),
+        (("--dataset", "images", "--output", "new", "--batch-size", "0"), "'0' is no positive whole number"),
         (("--dataset", "./missing", "--output", "new"), "missing"),
         ((*DATA, "--shard-size", "100"), "no multiple"),
         (
@@ -293,7 +293,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(checkpoint, tmp_path, monkeypa
 
 
 def test_a_source_in_which_everything_is_broken_is_an_error(checkpoint, tmp_path, capsys):
-    pq.write_table(pa.table({"image": [b"no picture"] * 3}), tmp_path / "data.parquet")
+    pq.write_table(pa.table({"image": [b"no image"] * 3}), tmp_path / "data.parquet")
     arguments = ("--data-files", str(tmp_path / "data.parquet"), "--output", str(tmp_path / "tokens"))
     assert tokenize("--dataset", "parquet", *arguments, "--model", checkpoint) == 2
     assert "no row that can be used (3 rows: 3 with a broken image)" in capsys.readouterr().err

@@ -230,6 +230,22 @@ def test_components_that_are_given_are_not_fetched(hub, saved, pipe):
     assert not fetched(hub) & {"model.safetensors", "tokenizer.json", "config.json"}
 
 
+STAGES = {
+    "drawing from codes": (("processor", "model"), {"detokenizer", "unet", "vae", "scheduler"}),
+    "writing codes": (("detokenizer", "unet", "vae", "scheduler"), {""}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_stage_fetches_nothing_of_the_other(hub, saved, stage):
+    absent, folders = STAGES[stage]
+    upload_as_it_is(hub, saved, "group/mine")
+    LavitPipeline.from_pretrained("group/mine", **dict.fromkeys(absent))
+    names = fetched(hub) - {"model_index.json", "lavit_diffusers.py", "lavit_transformers.py"}
+    assert {name.rpartition("/")[0] for name in names} == folders
+    assert ("model.safetensors" in names) == ("" in folders)
+
+
 def test_a_variant_is_fetched_where_a_component_has_it(hub, saved):
     upload_as_it_is(hub, saved, "group/mine")
     LavitPipeline.from_pretrained("group/mine", variant="mine")

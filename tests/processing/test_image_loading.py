@@ -19,7 +19,7 @@ from modeling_lavit import LavitImageProcessor
 from modeling_lavit.processing import load_image
 
 
-FIXTURES = Path(__file__).parent / "fixtures" / "preprocess"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "preprocess"
 REFERENCE_IMAGES = ["img0_96x60_RGB.png", "img1_50x80_RGB.png", "img2_64x64_RGBA.png", "img3_40x30_L.png"]
 RED = (255, 0, 0)
 

@@ -35,7 +35,7 @@ from modeling_lavit.conversion.text_tokenizer import (
 )
 
 
-CHECKPOINT = Path(__file__).parent / "fixtures" / "e2e" / "checkpoint"
+CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "e2e" / "checkpoint"
 
 
 def on_meta(shapes: dict[str, tuple]) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ def name_file(index: Path, name):
 
 
 def compress(path: Path):
-    """Zips a .bin file anew, as a user's archive tool would."""
+    """Zips a .bin file again, as a user's archive tool would."""
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: archive.read(member) for member in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -1,4 +1,4 @@
-"""Sheets of pictures that explain a checkpoint: kept patches, codes, reconstructions, drawings."""
+"""Sheets of images that explain a checkpoint: kept patches, codes, reconstructions, drawings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ FRAME, AROUND = "#e00000", 2  # of a code's patch: its frame, and the patches sh
 BATCH_SIZE = 32
 
 
-def find_pictures(sources: list[str | Path], count: int | None = None, seed: int = 0) -> list[Path]:
-    """Picture files, given as such or in folders (those below them too), these in the order of their names.
+def find_images(sources: list[str | Path], count: int | None = None, seed: int = 0) -> list[Path]:
+    """Image files, given as such or in folders (those below them too), these in the order of their names.
 
     Args:
         sources: files and folders.
@@ -28,18 +28,18 @@ def find_pictures(sources: list[str | Path], count: int | None = None, seed: int
         seed: of the choice.
 
     Raises:
-        ValueError: a source does not exist, or is a folder without a picture.
+        ValueError: a source does not exist, or is a folder without an image.
     """
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     paths = []
     for source in map(Path, sources):
         if not source.exists():
-            raise ValueError(f"there is no picture or folder at {source}")
+            raise ValueError(f"there is no image or folder at {source}")
         found = [source]
         if source.is_dir():
             found = sorted(path for path in source.rglob("*") if path.suffix.lower() in endings and path.is_file())
         if not found:
-            raise ValueError(f"there is no picture in the folder {source}")
+            raise ValueError(f"there is no image in the folder {source}")
         paths += found
     if count is None or count >= len(paths):
         return paths
@@ -47,7 +47,7 @@ def find_pictures(sources: list[str | Path], count: int | None = None, seed: int
 
 
 def join(images: list[Image.Image], down: bool = False, gap: int = 2) -> Image.Image:
-    """Pictures side by side, or one below the other, on white."""
+    """Images side by side, or one below the other, on white."""
     widths, heights = [image.width for image in images], [image.height for image in images]
     if down:
         joined = Image.new("RGB", (max(widths), sum(heights) + gap * (len(images) - 1)), "white")
@@ -61,18 +61,18 @@ def join(images: list[Image.Image], down: bool = False, gap: int = 2) -> Image.I
 
 
 def draw_sheet(cells: list[tuple[str, Image.Image]], columns: int, heading: str = "") -> Image.Image:
-    """Labelled pictures in rows on white; a label is cut where it is wider than the widest picture.
+    """Labelled images in rows on white; a label is cut where it is wider than the widest image.
 
     Args:
-        cells: label, of any number of lines, and picture.
+        cells: label, of any number of lines, and image.
         columns: cells of a row.
         heading: one line above all; "" for none.
     """
     columns = min(columns, len(cells))
-    width = max(picture.width for _, picture in cells)
+    width = max(image.width for _, image in cells)
     line = FONT_SIZE + 4
     label = line * max(text.count("\n") + 1 for text, _ in cells)
-    height = label + max(picture.height for _, picture in cells) + GAP
+    height = label + max(image.height for _, image in cells) + GAP
     top = line + GAP if heading else 0
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     inner = columns * (width + GAP) - GAP
@@ -81,11 +81,11 @@ def draw_sheet(cells: list[tuple[str, Image.Image]], columns: int, heading: str 
     sheet = Image.new("RGB", (inner + 2 * GAP, top + -(-len(cells) // columns) * height + GAP), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP // 2), heading, fill=INK, font_size=FONT_SIZE)
-    for position, (text, picture) in enumerate(cells):
+    for position, (text, image) in enumerate(cells):
         x, y = GAP + position % columns * (width + GAP), top + GAP // 2 + position // columns * height
         for i, words in enumerate(text.split("\n")):
             pen.text((x, y + i * line), _fit(pen, words, width), fill=INK, font_size=FONT_SIZE)
-        sheet.paste(picture, (x, y + label))
+        sheet.paste(image, (x, y + label))
     return sheet
 
 
@@ -97,19 +97,19 @@ def _fit(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
     return text + "…"
 
 
-def samples_sheet(pictures: dict, count: int = 24, seed: int = 0, size: int = 96, columns: int = 12) -> Image.Image:
+def samples_sheet(images: dict, count: int = 24, seed: int = 0, size: int = 96, columns: int = 12) -> Image.Image:
     """What `lavit evaluate` drew, a random choice of each split, good and bad ones alike: original, drawn from text,
     reconstructed, one below the other.
 
     Args:
-        pictures: split to (rows with `images`, `names`, `styles`; drawn pictures; reconstructed pictures).
-        count: pictures of each split.
+        images: split to (rows with `images`, `names`, `styles`; drawn images; reconstructed images).
+        count: images of each split.
         seed: of the choice.
-        size: side of a picture in pixels.
+        size: side of an image in pixels.
         columns: of the sheet.
     """
     cells = []
-    for split, (rows, drawn, reconstructed) in pictures.items():
+    for split, (rows, drawn, reconstructed) in images.items():
         chosen = np.random.default_rng(seed).choice(len(rows.names), min(count, len(rows.names)), replace=False)
         for i in chosen:
             label = f"{rows.names[i]}\n{rows.styles[i]}" + ("\nheld out" if split == "held_out" else "")
@@ -119,13 +119,13 @@ def samples_sheet(pictures: dict, count: int = 24, seed: int = 0, size: int = 96
 
 
 def reconstructions_sheet(pipe, paths: list[Path], seed: int = 0, size: int = 96, columns: int = 4) -> Image.Image:
-    """Pictures beside what the pipeline draws from their visual tokens, with the number of these.
+    """Images beside what the pipeline draws from their visual tokens, with the number of these.
 
     Args:
         pipe: a [`LavitPipeline`].
-        paths: of the pictures.
-        seed: of the noise; picture i has `seed + i`.
-        size: side of a picture in pixels.
+        paths: of the images.
+        seed: of the noise; image i has `seed + i`.
+        size: side of an image in pixels.
         columns: pairs of a row.
     """
     cells = []
@@ -139,7 +139,7 @@ def reconstructions_sheet(pipe, paths: list[Path], seed: int = 0, size: int = 96
         ):
             pair = join([_square(image, size), _square(drawn, size)])
             cells.append((f"{path.stem}\n{_count(length, 'token')}", pair))
-    return draw_sheet(cells, columns, "left: the picture; right: drawn from its visual tokens alone")
+    return draw_sheet(cells, columns, "left: the image; right: drawn from its visual tokens alone")
 
 
 @torch.no_grad()
@@ -151,12 +151,12 @@ def kept_sheet(
     size: int = 96,
     columns: int = 4,
 ) -> Image.Image:
-    """Pictures beside their kept patches, from the one that keeps fewest to the one that keeps most.
+    """Images beside their kept patches, from the one that keeps fewest to the one that keeps most.
 
     Args:
-        paths: of the pictures.
+        paths: of the images.
         keep_ratio: see [`LavitVisualTokenizer.select`].
-        size: least side of a picture in pixels; every patch gets the same whole number of them.
+        size: least side of an image in pixels; every patch gets the same whole number of them.
         columns: pairs of a row.
     """
     cells = []
@@ -170,35 +170,35 @@ def kept_sheet(
             kept = int(mask.sum())
             cells.append((kept, f"{path.stem}\n{kept} of {len(mask)}", join([_square(image, shown.width), shown])))
     cells = [cell for _, *cell in sorted(cells, key=lambda cell: cell[0])]
-    return draw_sheet(cells, columns, "left: the picture; right: the patches that are kept, the others faded")
+    return draw_sheet(cells, columns, "left: the image; right: the patches that are kept, the others faded")
 
 
 @dataclass
 class CodeUses:
-    """Every use of a code in a list of pictures, U of them.
+    """Every use of a code in a list of images, U of them.
 
     Args:
         codes: (U,) int64.
         closeness: (U,) float32, cosine of the angle between the merged feature and its code.
-        pictures: (U,) int64, index of the picture.
+        images: (U,) int64, index of the image.
         patches: (U,) int64, index of the kept patch in row-major order.
     """
 
     codes: torch.Tensor
     closeness: torch.Tensor
-    pictures: torch.Tensor
+    images: torch.Tensor
     patches: torch.Tensor
 
     def closest(self, code: int, count: int) -> list[tuple[int, int]]:
-        """Picture and patch of the `count` uses of a code that are closest to it."""
+        """Image and patch of the `count` uses of a code that are closest to it."""
         uses = (self.codes == code).nonzero()[:, 0]
         best = uses[self.closeness[uses].argsort(descending=True, stable=True)[:count]]
-        return list(zip(self.pictures[best].tolist(), self.patches[best].tolist(), strict=True))
+        return list(zip(self.images[best].tolist(), self.patches[best].tolist(), strict=True))
 
 
 @torch.no_grad()
 def find_uses(tokenizer: LavitVisualTokenizer, image_processor: LavitImageProcessor, paths: list[Path]) -> CodeUses:
-    """Tokenizes pictures and notes who uses which code, and how close to it."""
+    """Tokenizes images and notes who uses which code, and how close to it."""
     quantizer, found = tokenizer.quantizer, []
     for start in tqdm(range(0, len(paths), BATCH_SIZE), desc="tokenizing", leave=False):
         images = [load_image(path) for path in paths[start : start + BATCH_SIZE]]
@@ -206,8 +206,8 @@ def find_uses(tokenizer: LavitVisualTokenizer, image_processor: LavitImageProces
         projected = quantizer.project(encoded.features)
         codes = quantizer.nearest(projected)
         closeness = F.cosine_similarity(projected.float(), quantizer.codebook.weight[codes].float(), dim=-1)
-        pictures, patches = encoded.keep_mask.nonzero(as_tuple=True)
-        found.append([one.cpu() for one in (codes, closeness, pictures + start, patches)])
+        images, patches = encoded.keep_mask.nonzero(as_tuple=True)
+        found.append([one.cpu() for one in (codes, closeness, images + start, patches)])
     return CodeUses(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -224,7 +224,7 @@ def codebook_sheet(
     """What codes stand for (paper Fig. 5): for each a row of the patches closest to it, framed, in their surroundings.
 
     Args:
-        paths: of the pictures that are searched.
+        paths: of the images that are searched.
         codes: `0 … K-1`; the `top` most used ones when None.
         patches: of a row.
         size: side of a patch with its surroundings in pixels.
@@ -245,21 +245,21 @@ def codebook_sheet(
     cells = []
     for code in codes:
         row = [
-            cut_out(load_image(paths[picture]), divmod(patch, side), side, size)
-            for picture, patch in uses.closest(code, patches)
+            cut_out(load_image(paths[image]), divmod(patch, side), side, size)
+            for image, patch in uses.closest(code, patches)
         ]
         row += [Image.new("RGB", (size, size), "white")] * (patches - len(row))
         cells.append((f"code {code}, used {_count(int(counts[code]), 'time')}", join(row)))
-    return draw_sheet(cells, columns, f"framed: the patches closest to a code, in {_count(len(paths), 'picture')}")
+    return draw_sheet(cells, columns, f"framed: the patches closest to a code, in {_count(len(paths), 'image')}")
 
 
 def cut_out(image: Image.Image, place: tuple[int, int], side: int, size: int) -> Image.Image:
-    """A patch in a red frame with the patches around it, as far as the picture goes.
+    """A patch in a red frame with the patches around it, as far as the image goes.
 
     Args:
         image: RGB, any size.
         place: row and column of the patch.
-        side: patches of a row of the picture, which is a square grid.
+        side: patches of a row of the image, which is a square grid.
         size: side of the result in pixels.
     """
     window = min(side, 2 * AROUND + 1)

@@ -2,6 +2,7 @@
 
 import base64
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -79,9 +80,14 @@ def test_chat_images_of_every_kind_reach_the_pixel_values(processor, image, key)
 
 def test_a_batch_of_chats_may_mix_images_and_none(processor, image, other):
     chats = [[message("user", {"image": image}, {"image": other}, "a?")], [message("user", "b?")]]
-    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template(chats, return_tensors="pt", **options)
     want = processor(images=[[image, other], []], text=["<image><image>Question: a? Answer:", "Question: b? Answer:"])
     assert torch.equal(inputs["input_ids"], want["input_ids"]) and inputs["pixel_values"].shape[0] == 2
+    ragged = processor.apply_chat_template(chats, **options)
+    masks = want["attention_mask"].bool()
+    assert ragged["input_ids"] == [ids[mask].tolist() for ids, mask in zip(want["input_ids"], masks, strict=True)]
+    assert np.array_equal(ragged["pixel_values"], want["pixel_values"])
 
 
 @pytest.mark.parametrize("as_processor_kwarg", [True, False])

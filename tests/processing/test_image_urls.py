@@ -11,7 +11,7 @@ from modeling_lavit.processing import load_image
 from modeling_lavit.processing.image_loading_lavit import MAX_FETCHED_BYTES
 
 
-PNG = (Path(__file__).parent / "fixtures/preprocess/img0_96x60_RGB.png").read_bytes()
+PNG = (Path(__file__).parents[1] / "fixtures/preprocess/img0_96x60_RGB.png").read_bytes()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -29,7 +29,7 @@ from modeling_lavit.show_lavit import show_kept_patches
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
 
-PICTURE = str(Path(__file__).parent / "fixtures/emoji/images/noto/cat-face.png")
+IMAGE = str(Path(__file__).parents[1] / "fixtures/emoji/images/noto/cat-face.png")
 SCRIPT = Path(modeling_lavit.__file__).parent / "bin" / "lavit"
 
 
@@ -78,23 +78,23 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def same(picture: np.ndarray, other: np.ndarray) -> bool:
+def same(image: np.ndarray, other: np.ndarray) -> bool:
     """Equal up to the rounding of one call or another."""
-    return picture.shape == other.shape and np.abs(picture.astype(int) - other).max() <= 1
+    return image.shape == other.shape and np.abs(image.astype(int) - other).max() <= 1
 
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*"))
 
 
-def test_generate_writes_the_picture_that_the_pipeline_draws_with_that_seed(here, checkpoint, pipe, capsys):
+def test_generate_writes_the_image_that_the_pipeline_draws_with_that_seed(here, checkpoint, pipe, capsys):
     assert run("generate", "a red apple", "-o", "apple.png", "--seed", "3", "--model", checkpoint) == 0
     assert capsys.readouterr().out == "apple.png\n"
     expected = pipe("a red apple", generator=torch.Generator().manual_seed(3)).images[0]
     assert same(pixels(here / "apple.png"), np.asarray(expected))
 
 
-def test_several_pictures_are_numbered_and_each_equals_the_one_drawn_alone_with_its_own_seed(here, checkpoint, capsys):
+def test_several_images_are_numbered_and_each_equals_the_one_drawn_alone_with_its_own_seed(here, checkpoint, capsys):
     assert run("generate", "two cats", "-o", "cat.png", "--n", "2", "--seed", "5", "--model", checkpoint) == 0
     assert capsys.readouterr().out.split() == ["cat-0.png", "cat-1.png"]
     assert run("generate", "two cats", "-o", "alone.png", "--seed", "6", "--model", checkpoint) == 0
@@ -111,14 +111,14 @@ def test_a_new_seed_is_drawn_and_printed_where_none_is_given(here, checkpoint, c
 
 
 def test_a_style_image_stands_in_front_of_the_text(here, checkpoint, pipe):
-    arguments = ("--style-image", PICTURE, "--seed", "0", "--model", checkpoint)
+    arguments = ("--style-image", IMAGE, "--seed", "0", "--model", checkpoint)
     assert run("generate", "in snow", "-o", "snow.png", *arguments) == 0
-    prompt = [Image.open(PICTURE).convert("RGB"), "in snow"]
+    prompt = [Image.open(IMAGE).convert("RGB"), "in snow"]
     expected = pipe(prompt, generator=torch.Generator().manual_seed(0)).images[0]
     assert same(pixels(here / "snow.png"), np.asarray(expected))
 
 
-def test_steps_and_both_guidance_scales_change_the_picture_and_enlarge_its_size(here, checkpoint):
+def test_steps_and_both_guidance_scales_change_the_image_and_enlarge_its_size(here, checkpoint):
     plain = ("generate", "a red apple", "--seed", "1", "--model", checkpoint, "--aspect-ratio", "1:1", "-o")
     options = (("--steps", "4"), ("--decoder-guidance-scale", "1"), ("--guidance-scale", "20"), ("--enlarge", "3"))
     assert run(*plain, "plain.png") == 0
@@ -129,26 +129,26 @@ def test_steps_and_both_guidance_scales_change_the_picture_and_enlarge_its_size(
     assert pixels(here / "3.png").shape == (96, 96, 3)
 
 
-def test_caption_prints_a_line_for_each_picture_and_its_name_where_there_are_several(checkpoint, capsys):
-    assert run("caption", PICTURE, "--model", checkpoint) == 0
+def test_caption_prints_a_line_for_each_image_and_its_name_where_there_are_several(checkpoint, capsys):
+    assert run("caption", IMAGE, "--model", checkpoint) == 0
     alone = capsys.readouterr().out
-    assert run("caption", PICTURE, PICTURE, "--model", checkpoint) == 0
+    assert run("caption", IMAGE, IMAGE, "--model", checkpoint) == 0
     assert len(alone.splitlines()) == 1
-    assert capsys.readouterr().out == f"{PICTURE}: {alone}" * 2
+    assert capsys.readouterr().out == f"{IMAGE}: {alone}" * 2
 
 
 def test_ask_prints_what_the_model_answers_after_the_question(checkpoint, pipe, capsys):
-    assert run("ask", PICTURE, "what colour is it?", "--model", checkpoint) == 0
-    inputs = pipe.processor(images=PICTURE, text="<image>Question: what colour is it? Answer:")
+    assert run("ask", IMAGE, "what colour is it?", "--model", checkpoint) == 0
+    inputs = pipe.processor(images=IMAGE, text="<image>Question: what colour is it? Answer:")
     ids = pipe.model.generate(**inputs, generation_preset="answer")
     answer = pipe.processor.post_process_answer(ids, input_ids=inputs.input_ids)[0]
     assert capsys.readouterr().out.split() == answer.split()
 
 
 def test_tokenize_prints_the_codes_and_shows_the_kept_patches(here, checkpoint, pipe, capsys):
-    assert run("tokenize", PICTURE, "--show", "kept.png", "--model", checkpoint) == 0
+    assert run("tokenize", IMAGE, "--show", "kept.png", "--model", checkpoint) == 0
     count, codes, name = capsys.readouterr().out.splitlines()
-    pixel_values = pipe.processor.image_processor(PICTURE, return_tensors="pt").pixel_values
+    pixel_values = pipe.processor.image_processor(IMAGE, return_tensors="pt").pixel_values
     tokens = pipe.model.model.visual_tokenizer.tokenize(pixel_values)
     assert count.startswith(f"{len(tokens.codes)} of {NUM_PATCHES} patches kept")
     assert codes.split()[1:] == [str(code) for code in tokens.codes.tolist()]
@@ -159,22 +159,22 @@ def test_tokenize_counts_the_codes_that_change_with_kept_tokens_only(tmp_path, c
     leaky = tiny_model(visual_config=tiny_visual_config(attention_epsilon=0.3))
     leaky.save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    assert run("tokenize", PICTURE, PICTURE, "--compare-kept-only", "--model", str(tmp_path)) == 0
+    assert run("tokenize", IMAGE, IMAGE, "--compare-kept-only", "--model", str(tmp_path)) == 0
     lines = capsys.readouterr().out.splitlines()
 
-    pixel_values = tiny_processor().image_processor(PICTURE, return_tensors="pt").pixel_values
+    pixel_values = tiny_processor().image_processor(IMAGE, return_tensors="pt").pixel_values
     exact = leaky.get_image_tokens(pixel_values).codes
     leaky.config.visual_config.kept_only = True
     changed = int((exact != leaky.get_image_tokens(pixel_values).codes).sum())
     assert changed
     assert [line for line in lines if "change" in line][:2] == [
-        f"{PICTURE}: {changed} of {len(exact)} codes change with kept tokens only"
+        f"{IMAGE}: {changed} of {len(exact)} codes change with kept tokens only"
     ] * 2
     assert lines[-1].startswith(f"{2 * changed} of {2 * len(exact)} codes (")
 
 
 def test_keep_ratio_says_how_many_patches_are_kept(checkpoint, capsys):
-    assert run("tokenize", PICTURE, "--keep-ratio", "0.5", "--model", checkpoint) == 0
+    assert run("tokenize", IMAGE, "--keep-ratio", "0.5", "--model", checkpoint) == 0
     assert capsys.readouterr().out.startswith(f"{NUM_PATCHES // 2} of {NUM_PATCHES} patches kept (50%)")
 
 
@@ -186,9 +186,9 @@ def test_the_map_leaves_kept_patches_as_they_are_and_fades_the_others():
     assert (shown[:4, 4:] > 150).all() and (shown[4:, :4] > 150).all()
 
 
-def test_reconstruct_draws_the_picture_from_its_own_tokens(here, checkpoint, pipe):
-    assert run("reconstruct", PICTURE, "-o", "again.png", "--model", checkpoint) == 0
-    expected = pipe.reconstruct(Image.open(PICTURE), generator=torch.Generator().manual_seed(0)).images[0]
+def test_reconstruct_draws_the_image_from_its_own_tokens(here, checkpoint, pipe):
+    assert run("reconstruct", IMAGE, "-o", "again.png", "--model", checkpoint) == 0
+    expected = pipe.reconstruct(Image.open(IMAGE), generator=torch.Generator().manual_seed(0)).images[0]
     assert same(pixels(here / "again.png"), np.asarray(expected))
 
 
@@ -203,8 +203,8 @@ GENERATE = ("generate", "a red apple", "-o", "new.png")
         (("caption", "text.png"), "text.png is not an image"),
         (("ask", "cut.png", "what is it?"), "cut.png cannot be decoded, it is truncated or damaged"),
         (("reconstruct", "cut.png", "-o", "new.png"), "cut.png cannot be decoded"),
-        (("ask", PICTURE, "[IMG]"), "mark images by <image>"),
-        (("ask", PICTURE, " "), "argument question: it is empty"),
+        (("ask", IMAGE, "[IMG]"), "mark images by <image>"),
+        (("ask", IMAGE, " "), "argument question: it is empty"),
         (("generate", "", "-o", "new.png"), "argument prompt: it is empty"),
         (("generate", "two cats " * 200, "-o", "new.png"), "shorten"),
         ((*GENERATE, "--aspect-ratio", "7:1"), "aspect_ratio must be one of ['1:1'], got '7:1'"),
@@ -216,18 +216,18 @@ GENERATE = ("generate", "a red apple", "-o", "new.png")
         (("generate", "a red apple", "-o", "nowhere/new.png"), "there is no folder nowhere to write new.png to"),
         (("generate", "a red apple", "-o", "folder"), "folder is a folder: give the name of a file"),
         (("generate", "a red apple", "-o", "new.txt"), "new.txt has no ending of an image format"),
-        (("tokenize", PICTURE, "--show", "nowhere/kept.png"), "there is no folder nowhere"),
-        (("tokenize", PICTURE, "--keep-ratio", "2"), "keep_ratio must be in (0, 1], got 2.0"),
-        (("tokenize", PICTURE, PICTURE, "--show", "kept.png"), "--show takes one image, got 2"),
-        (("tokenize", PICTURE, "--compare-kept-only"), "attention_epsilon is 0"),
+        (("tokenize", IMAGE, "--show", "nowhere/kept.png"), "there is no folder nowhere"),
+        (("tokenize", IMAGE, "--keep-ratio", "2"), "keep_ratio must be in (0, 1], got 2.0"),
+        (("tokenize", IMAGE, IMAGE, "--show", "kept.png"), "--show takes one image, got 2"),
+        (("tokenize", IMAGE, "--compare-kept-only"), "attention_epsilon is 0"),
         (("paint",), "invalid choice: 'paint'"),
         ((), "required: COMMAND"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_writes_nothing(here, checkpoint, capsys, arguments, message):
     (here / "folder").mkdir()
-    (here / "text.png").write_text("no picture")
-    (here / "cut.png").write_bytes(Path(PICTURE).read_bytes()[:500])
+    (here / "text.png").write_text("no image")
+    (here / "cut.png").write_bytes(Path(IMAGE).read_bytes()[:500])
     before = files(here)
     model = ("--model", checkpoint) if arguments and arguments[0] != "paint" else ()
     assert run(*arguments, *model) == 2
@@ -243,9 +243,9 @@ def test_a_folder_that_is_no_checkpoint_is_named(here, capsys):
         ("empty", "empty is no LaVIT checkpoint: it has no config.json"),
         ("other", "other is no LaVIT checkpoint: its model type is 'bert'"),
         ("./missing", "there is no checkpoint folder ./missing"),
-        (PICTURE, "is a file; a checkpoint is a folder"),
+        (IMAGE, "is a file; a checkpoint is a folder"),
     ):
-        for command in (GENERATE, ("caption", PICTURE)):
+        for command in (GENERATE, ("caption", IMAGE)):
             assert run(*command, "--model", model) == 2
             assert_one_line(capsys.readouterr(), message)
     assert files(here) == ["config.json", "empty", "other"]
@@ -326,8 +326,8 @@ def lavit(*arguments: str, shell: str = "{}", **options) -> subprocess.Completed
 
 
 def test_a_dash_reads_the_image_from_stdin(checkpoint):
-    want = lavit("caption", PICTURE, "--model", checkpoint).stdout
-    done = lavit("caption", "-", "--model", checkpoint, shell=f"{{}} < {shlex.quote(PICTURE)}")
+    want = lavit("caption", IMAGE, "--model", checkpoint).stdout
+    done = lavit("caption", "-", "--model", checkpoint, shell=f"{{}} < {shlex.quote(IMAGE)}")
     assert done.returncode == 0 and done.stdout == want
     empty = lavit("caption", "-", shell="{} < /dev/null")
     assert (empty.returncode, empty.stdout) == (2, "")
@@ -335,16 +335,16 @@ def test_a_dash_reads_the_image_from_stdin(checkpoint):
 
 
 def test_a_reader_that_has_enough_is_no_error(checkpoint):
-    images = [PICTURE] * 4
+    images = [IMAGE] * 4
     done = lavit("tokenize", *images, "--model", checkpoint, shell="{} | head -1; echo ${{PIPESTATUS[0]}}")
     first, code = done.stdout.splitlines()
-    assert first.startswith(PICTURE) and code == "0" and "rror" not in done.stderr
-    full = lavit("tokenize", PICTURE, "--model", checkpoint, shell="{} > /dev/full")
+    assert first.startswith(IMAGE) and code == "0" and "rror" not in done.stderr
+    full = lavit("tokenize", IMAGE, "--model", checkpoint, shell="{} > /dev/full")
     assert full.returncode == 2 and full.stderr.splitlines()[-1].startswith("lavit: error: [Errno 28]")
 
 
 def test_file_names_that_begin_with_a_dash_follow_two_dashes(here, checkpoint, capsys):
-    shutil.copy(PICTURE, here / "-cat.png")
+    shutil.copy(IMAGE, here / "-cat.png")
     assert run("caption", "--model", checkpoint, "--", "-cat.png") == 0
     assert run("ask", "--model", checkpoint, "--", "-cat.png", "what is it?") == 0
     capsys.readouterr()

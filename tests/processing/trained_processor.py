@@ -10,8 +10,8 @@ from transformers import LlamaTokenizer
 from modeling_lavit import LavitImageProcessor, LavitProcessor
 
 
-FIXTURES = Path(__file__).parent / "fixtures" / "preprocess"
-REFERENCE = Path(__file__).parent / "fixtures" / "prompts"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "preprocess"
+REFERENCE = Path(__file__).parents[1] / "fixtures" / "prompts"
 CODEBOOK_SIZE = 24
 
 

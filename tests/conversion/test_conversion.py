@@ -14,7 +14,7 @@ from modeling_lavit import LavitPipeline
 from modeling_lavit.conversion.__main__ import main
 
 
-E2E = Path(__file__).parent / "fixtures" / "e2e"
+E2E = Path(__file__).parents[1] / "fixtures" / "e2e"
 EXPECTED = json.loads((E2E / "expected.json").read_text())
 CASES = {case["id"]: case for case in EXPECTED["cases"]}
 BOI, FIRST_CODE, PAD = (EXPECTED["ids"][name] for name in ("img", "first_code", "pad"))
@@ -77,12 +77,12 @@ def pipes(folder) -> dict[str, LavitPipeline]:
     return {"highres": pipes[None], "lowres": pipes["lowres"]}
 
 
-def pictures(case: dict) -> list[Image.Image]:
+def images(case: dict) -> list[Image.Image]:
     return [Image.open(E2E / "images" / name) for name in case["images"]]
 
 
 def pixels(processor, case: dict) -> torch.Tensor:
-    return processor.image_processor(pictures(case), reference_compat=True, return_tensors="pt").pixel_values
+    return processor.image_processor(images(case), reference_compat=True, return_tensors="pt").pixel_values
 
 
 def strip(row: list[int]) -> list[int]:
@@ -100,7 +100,7 @@ def seeded(arguments: dict) -> dict:
     return {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
 
 
-def test_pictures_become_the_recorded_pixel_values(processor, tensors):
+def test_images_become_the_recorded_pixel_values(processor, tensors):
     case = CASES["preprocess"]
     values = pixels(processor, case)
     recorded = tensors["preprocess.pixel_values_stride14"]
@@ -110,14 +110,14 @@ def test_pictures_become_the_recorded_pixel_values(processor, tensors):
 
 
 @pytest.mark.parametrize("name", ["argmax", "gumbel"])
-def test_pictures_become_the_recorded_visual_tokens(model, processor, tensors, name):
+def test_images_become_the_recorded_visual_tokens(model, processor, tensors, name):
     noise = {"gumbel_noise": tensors["gumbel_noise"]} if name == "gumbel" else {"selection": "argmax"}
     tokens = model.get_image_tokens(pixels(processor, CASES["tokenize"]), **noise)
     assert tokens.lengths.tolist() == tensors[f"tokenize.{name}.counts"].tolist()
     assert (tokens.codes + FIRST_CODE).tolist() == tensors[f"tokenize.{name}.ids"].tolist()
 
 
-def test_pictures_are_read_as_the_recorded_features(model, processor, tensors):
+def test_images_are_read_as_the_recorded_features(model, processor, tensors):
     case = CASES["encode_features"]
     with torch.no_grad():
         features = model.get_image_features(pixels(processor, case), selection="argmax").pooler_output
@@ -134,7 +134,7 @@ def test_texts_become_the_ids_of_the_slow_tokenizer(processor):
 
 
 @pytest.mark.parametrize("case", of_task("caption", "vqa"))
-def test_what_is_said_about_pictures_is_as_recorded(model, processor, tensors, case):
+def test_what_is_said_about_images_is_as_recorded(model, processor, tensors, case):
     arguments = dict(case["args"])
     if case["task"] == "caption":
         prompt = arguments.pop("prompt", "")
@@ -153,7 +153,7 @@ def test_what_is_said_about_pictures_is_as_recorded(model, processor, tensors, c
     else:
         settings["gumbel_noise"] = tensors["gumbel_noise"][: len(texts)]
 
-    inputs = processor(images=pictures(case), text=[f"<image>{text}" for text in texts], reference_compat=True)
+    inputs = processor(images=images(case), text=[f"<image>{text}" for text in texts], reference_compat=True)
     with torch.no_grad():
         expanded = model.model.expand_inputs(
             **inputs, **{name: settings[name] for name in ("selection", "gumbel_noise") if name in settings}
@@ -182,9 +182,9 @@ def test_prompts_become_the_recorded_image_tokens(model, processor, tensors, cas
     assert arguments.keys() <= IMAGE_ARGUMENTS.keys()
     settings |= {name: arguments.get(old, default) for old, (name, default) in IMAGE_ARGUMENTS.items()}
     if case["task"] == "multimodal_tokens":
-        picture = Image.open(E2E / "images" / case["image"])
+        image = Image.open(E2E / "images" / case["image"])
         text = f"<image>{case['text']}"
-        inputs = processor(images=picture, text=text, generation_mode="image", reference_compat=True)
+        inputs = processor(images=image, text=text, generation_mode="image", reference_compat=True)
         settings["selection"] = "argmax"
     elif isinstance(case["prompts"][0], str):
         inputs = processor(text=case["prompts"], generation_mode="image", reference_compat=True)
@@ -210,7 +210,7 @@ def test_prompts_become_the_recorded_image_tokens(model, processor, tensors, cas
 
 
 @pytest.mark.parametrize("case", of_task("pixel_decode"))
-def test_visual_tokens_become_the_recorded_pictures(pipes, tensors, case, monkeypatch):
+def test_visual_tokens_become_the_recorded_images(pipes, tensors, case, monkeypatch):
     name, pipe = case["id"], pipes[case["variant"]]
     noise, latents = [], []
     step = type(pipe.scheduler).step
@@ -250,7 +250,7 @@ def test_visual_tokens_become_the_recorded_pictures(pipes, tensors, case, monkey
     elif "prompts" in case:
         output = pipe(case["prompts"], **language_model, **settings)
     elif "images" in case:
-        output = pipe.reconstruct(pictures(case), selection="argmax", reference_compat=True, **settings)
+        output = pipe.reconstruct(images(case), selection="argmax", reference_compat=True, **settings)
     else:
         codes = [torch.tensor([i - FIRST_CODE for i in row if i >= FIRST_CODE]) for row in case["tokens_used"]]
         output = pipe(visual_tokens=codes, **settings)

@@ -150,7 +150,7 @@ def test_odd_cards_are_kept(theirs, folder):
     assert theirs.split("---")[-1].strip() in merged
 
 
-def test_a_section_that_is_not_made_anew_stays(folder):
+def test_a_section_that_is_not_made_again_stays(folder):
     with_notice = model_card(folder, notice="Their licence holds.", license="other")
     merged = merge_cards(with_notice, model_card(folder))
     assert "Their licence holds." in merged and ModelCard(merged).data.license == "other"

@@ -1,4 +1,4 @@
-"""The command `lavit show`: sheets of pictures."""
+"""The command `lavit show`: sheets of images."""
 
 import re
 import shlex
@@ -12,14 +12,14 @@ from PIL import Image
 from modeling_lavit import LavitConfig, LavitPipeline
 from modeling_lavit.checkpoints import LAVIT_EMOJI
 from modeling_lavit.command_line import main
-from modeling_lavit.evaluation.pictures import (
+from modeling_lavit.evaluation.sheets import (
     BATCH_SIZE,
     FRAME,
     CodeUses,
     codebook_sheet,
     cut_out,
     draw_sheet,
-    find_pictures,
+    find_images,
     find_uses,
     kept_sheet,
     reconstructions_sheet,
@@ -29,8 +29,8 @@ from modeling_lavit.processing import load_image
 from modeling_lavit.show_lavit import show_kept_patches
 
 
-PICTURES = Path(__file__).parent / "fixtures" / "emoji" / "images"
-PICTURE = PICTURES / "noto" / "cat-face.png"
+IMAGES = Path(__file__).parents[1] / "fixtures" / "emoji" / "images"
+IMAGE = IMAGES / "noto" / "cat-face.png"
 RED = tuple(bytes.fromhex(FRAME[1:]))
 CONFIG = LavitConfig.from_pretrained(LAVIT_EMOJI).visual_config
 SIDE = CONFIG.image_size // CONFIG.patch_size
@@ -45,7 +45,7 @@ def pipe() -> LavitPipeline:
 
 @pytest.fixture(scope="module")
 def paths() -> list[Path]:
-    return find_pictures([PICTURES])
+    return find_images([IMAGES])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def run(*arguments: str) -> int:
 
 
 def place_of(part: Image.Image, whole: Image.Image) -> tuple[int, int] | None:
-    """Row and column where a picture lies in another, pixel for pixel."""
+    """Row and column where an image lies in another, pixel for pixel."""
     part, whole = np.asarray(part), np.asarray(whole)
     windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)[:, :, 0]
     for row, column in np.argwhere((windows[..., 0, 0, :] == part[0, 0]).all(-1)):
@@ -77,20 +77,20 @@ def place_of(part: Image.Image, whole: Image.Image) -> tuple[int, int] | None:
     return None
 
 
-def test_pictures_are_found_below_folders_and_among_many_a_choice_is_repeatable(here):
-    assert find_pictures([PICTURE]) == [PICTURE]
-    paths = find_pictures([PICTURES])
+def test_images_are_found_below_folders_and_among_many_a_choice_is_repeatable(here):
+    assert find_images([IMAGE]) == [IMAGE]
+    paths = find_images([IMAGES])
     assert len(paths) == 55 and paths == sorted(paths)
-    some = find_pictures([PICTURES], 5, seed=1)
+    some = find_images([IMAGES], 5, seed=1)
     assert len(some) == 5 and set(some) < set(paths) and some == sorted(some)
-    assert some == find_pictures([PICTURES], 5, seed=1) != find_pictures([PICTURES], 5, seed=2)
+    assert some == find_images([IMAGES], 5, seed=1) != find_images([IMAGES], 5, seed=2)
 
 
-def test_a_sheet_shows_every_picture_whole_and_no_label_reaches_into_the_next_column():
+def test_a_sheet_shows_every_image_whole_and_no_label_reaches_into_the_next_column():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255), (0, 255, 255)]
     cells = [(f"label {i}\ntwo lines", Image.new("RGB", (40, 30), colour)) for i, colour in enumerate(colours)]
     sheet = draw_sheet(cells, columns=2, heading="a heading that is wider than the two columns of this sheet")
-    places = [place_of(picture, sheet) for _, picture in cells]
+    places = [place_of(image, sheet) for _, image in cells]
     rows, columns = ({place[axis] for place in places} for axis in (0, 1))
     assert len(set(places)) == 5 and len(rows) == 3 and len(columns) == 2
     long = draw_sheet([("wide " * 50, cells[0][1])], columns=2)
@@ -112,13 +112,13 @@ def test_a_patch_is_cut_out_with_its_surroundings_and_framed(place):
     assert (inside[3:-3, 3:-3, 0] < 50).all()
 
 
-def test_uses_are_the_codes_of_the_tokenizer_with_their_pictures_and_patches(pipe, paths, uses):
+def test_uses_are_the_codes_of_the_tokenizer_with_their_images_and_patches(pipe, paths, uses):
     assert len(paths) > BATCH_SIZE
-    for picture in (0, BATCH_SIZE - 1, BATCH_SIZE, len(paths) - 1):
-        pixel_values = pipe.processor.image_processor(load_image(paths[picture]), return_tensors="pt").pixel_values
+    for image in (0, BATCH_SIZE - 1, BATCH_SIZE, len(paths) - 1):
+        pixel_values = pipe.processor.image_processor(load_image(paths[image]), return_tensors="pt").pixel_values
         with torch.no_grad():
             tokens = pipe.model.model.visual_tokenizer.tokenize(pixel_values)
-        chosen = uses.pictures == picture
+        chosen = uses.images == image
         assert torch.equal(uses.codes[chosen], tokens.codes)
         assert torch.equal(uses.patches[chosen], tokens.keep_mask[0].nonzero()[:, 0])
 
@@ -128,8 +128,8 @@ def test_the_patches_of_a_code_are_those_closest_to_it_the_closest_first(uses):
     closeness = uses.closeness[uses.codes == code]
     assert len(closeness) > 3
 
-    def closeness_of(picture: int, patch: int) -> float:
-        return float(uses.closeness[(uses.pictures == picture) & (uses.patches == patch)])
+    def closeness_of(image: int, patch: int) -> float:
+        return float(uses.closeness[(uses.images == image) & (uses.patches == patch)])
 
     found = [closeness_of(*use) for use in uses.closest(code, 3)]
     assert found == sorted(closeness.tolist(), reverse=True)[:3]
@@ -141,16 +141,16 @@ def test_the_gallery_has_a_row_for_each_code_asked_for_or_for_the_most_used(pipe
     tokenizer, prepare = pipe.model.model.visual_tokenizer, pipe.processor.image_processor
     code = int(torch.bincount(uses.codes).argmax())
     asked = codebook_sheet(tokenizer, prepare, paths, codes=[code], patches=2)
-    for picture, patch in uses.closest(code, 2):
-        assert place_of(cut_out(load_image(paths[picture]), divmod(patch, SIDE), SIDE, 70), asked)
+    for image, patch in uses.closest(code, 2):
+        assert place_of(cut_out(load_image(paths[image]), divmod(patch, SIDE), SIDE, 70), asked)
     most_used = codebook_sheet(tokenizer, prepare, paths, top=3, patches=2, columns=1)
     assert np.array_equal(np.asarray(most_used)[: 70 + 40], np.asarray(asked)[: 70 + 40])
     assert most_used.height > 3 * 70 > asked.height
 
 
-def test_kept_patches_are_shown_beside_the_picture_the_fewest_first(pipe):
+def test_kept_patches_are_shown_beside_the_image_the_fewest_first(pipe):
     tokenizer, prepare = pipe.model.model.visual_tokenizer, pipe.processor.image_processor
-    paths = find_pictures([PICTURES], 5)
+    paths = find_images([IMAGES], 5)
     sheet = kept_sheet(tokenizer, prepare, paths, columns=5)
     kept = {}
     for path in paths:
@@ -163,7 +163,7 @@ def test_kept_patches_are_shown_beside_the_picture_the_fewest_first(pipe):
 
 
 def test_reconstructions_are_those_of_the_pipeline_with_a_seed_for_each(pipe):
-    paths, size = find_pictures([PICTURES], 2), pipe.default_size[0]
+    paths, size = find_images([IMAGES], 2), pipe.default_size[0]
     sheet = reconstructions_sheet(pipe, paths, seed=3, size=size)
     for i, path in enumerate(paths):
         image = load_image(path)
@@ -176,7 +176,7 @@ def test_reconstructions_are_those_of_the_pipeline_with_a_seed_for_each(pipe):
 
 @pytest.mark.parametrize("kind", ["codebook", "kept", "reconstructions"])
 def test_sheets_are_written_by_the_command(here, capsys, kind):
-    assert run(kind, "--data", str(PICTURE), str(PICTURES / "flat"), "--count", "3", "-o", "sheet.png") == 0
+    assert run(kind, "--data", str(IMAGE), str(IMAGES / "flat"), "--count", "3", "-o", "sheet.png") == 0
     assert capsys.readouterr().out == "sheet.png\n"
     assert Image.open("sheet.png").format == "PNG" and Image.open("sheet.png").width > 300
 
@@ -184,19 +184,19 @@ def test_sheets_are_written_by_the_command(here, capsys, kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("kept", "--data", str(PICTURE), "-o", "new.png", "--model", "empty"), "empty is no LaVIT checkpoint"),
-        (("kept", "--data", "missing", "-o", "new.png"), "there is no picture or folder at missing"),
-        (("kept", "--data", "empty", "-o", "new.png"), "there is no picture in the folder empty"),
+        (("kept", "--data", str(IMAGE), "-o", "new.png", "--model", "empty"), "empty is no LaVIT checkpoint"),
+        (("kept", "--data", "missing", "-o", "new.png"), "there is no image or folder at missing"),
+        (("kept", "--data", "empty", "-o", "new.png"), "there is no image in the folder empty"),
         (("kept", "--data", "text.jsonl", "-o", "new.png"), "text.jsonl is not an image"),
-        (("kept", "--data", str(PICTURE), "-o", "new.jpg"), "new.jpg has not the ending .png"),
-        (("kept", "--data", str(PICTURE), "-o", "nowhere/new.png"), "there is no folder nowhere"),
-        (("kept", "--data", str(PICTURE), "-o", "new.png", "--keep-ratio", "2"), "keep_ratio must be in (0, 1]"),
+        (("kept", "--data", str(IMAGE), "-o", "new.jpg"), "new.jpg has not the ending .png"),
+        (("kept", "--data", str(IMAGE), "-o", "nowhere/new.png"), "there is no folder nowhere"),
+        (("kept", "--data", str(IMAGE), "-o", "new.png", "--keep-ratio", "2"), "keep_ratio must be in (0, 1]"),
         (
-            ("codebook", "--data", str(PICTURE), "-o", "new.png", "--codes", "-1"),
+            ("codebook", "--data", str(IMAGE), "-o", "new.png", "--codes", "-1"),
             f"codes are 0 to {CONFIG.codebook_size - 1}, got -1",
         ),
-        (("codebook", "--data", str(PICTURE), "-o", "new.png", "--codes", "7", "--top", "3"), "not allowed with"),
-        (("reconstructions", "--data", str(PICTURE), "-o", "new.png", "--count", "0"), "no positive whole number"),
+        (("codebook", "--data", str(IMAGE), "-o", "new.png", "--codes", "7", "--top", "3"), "not allowed with"),
+        (("reconstructions", "--data", str(IMAGE), "-o", "new.png", "--count", "0"), "no positive whole number"),
         ((), "required: KIND"),
     ],
 )
