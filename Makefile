@@ -8,11 +8,12 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-versions test-extras test-peers test-serve test-app test-vllm bench generate images style docs
+.PHONY: help demo test test-slow test-versions test-extras test-peers test-serve test-app test-vllm bench generate images style types docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
-	@echo "make test    set up, then run all tests; JOBS=4 for more processes, TESTS=tests/command_line for some"
+	@echo "make test    set up, then run the tests; JOBS=4 for more processes, TESTS=tests/command_line for some"
+	@echo "make test-slow  the tests that take minutes: many processes, stages of the emoji's training"
 	@echo "make test-versions  the main job with the oldest and the newest libraries, each installed in a folder of its own"
 	@echo "make test-serve   a server on Ray under load, with a replica that is killed; make test-app  the app in a browser"
 	@echo "make test-vllm    vLLM, installed in an environment of its own, against the library"
@@ -22,7 +23,7 @@ help:
 	@echo "make images  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
 	@echo "make generate  set up, then write the code and the card of the embedded checkpoint again"
-	@echo "make style   set up, then check the style"
+	@echo "make style   set up, then check the style and the types (make types: these alone)"
 
 demo: export OMP_NUM_THREADS ?= 1
 demo: export HF_HUB_OFFLINE := 1
@@ -32,12 +33,14 @@ demo: $(INSTALLED)
 	@$(BIN)/python examples/demo.py $(MODEL) outputs
 
 # each test file in one process, one thread for each process
-test: export OMP_NUM_THREADS := 1
-test: export HF_HUB_OFFLINE := 1
-test: export TOKENIZERS_PARALLELISM := false
-test: TESTS := tests
-test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(TESTS)
+test test-slow: export OMP_NUM_THREADS := 1
+test test-slow: export HF_HUB_OFFLINE := 1
+test test-slow: export TOKENIZERS_PARALLELISM := false
+test test-slow: TESTS := tests
+test: SPEED := not slow
+test-slow: SPEED := slow
+test test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "$(SPEED)" $(TESTS)
 
 # torch as in constraints.txt; what is tested is a plain install, not the checkout
 VERSIONS := oldest newest
@@ -124,6 +127,16 @@ generate: $(INSTALLED)
 style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# pyright follows no import hook: links give it the folders by the names that setup.py gives them
+NAMES := $(VENV)/names/modeling_lavit
+types: $(INSTALLED)
+	@mkdir -p $(NAMES); \
+	for folder in processing conversion training evaluation checkpoints; do \
+	    ln -sfn ../../../$$folder $(NAMES)/$$folder; \
+	done
+	$(BIN)/pyright
 
 # torch first and alone: the one package with several builds of a version; pip's own settings choose the build
 $(INSTALLED): constraints.txt setup.py

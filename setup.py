@@ -76,7 +76,7 @@ setup(
             "openai",
             "parameterized",
             "pre-commit",
-            "pyright",
+            "pyright[nodejs]",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -25,17 +25,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("official", metavar="OFFICIAL_DIR", help="the downloaded checkpoint")
     parser.add_argument("output", metavar="OUT_DIR", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of the written weights (default: as they are)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision of the written weights (default: as in the checkpoint)"
+    )
     parser.add_argument(
         "--pixel-decoder",
         choices=("highres", "lowres", "both", "none"),
-        help="what draws pixels; of both, the smaller one lies in OUT_DIR/lowres (default: those that are there)",
+        help="which decoders to convert; of both, the smaller one is in OUT_DIR/lowres (default: those present)",
     )
-    parser.add_argument("--push-to", metavar="REPO", help="upload the folder to this repository on the Hub, too")
+    parser.add_argument("--push-to", metavar="REPO", help="also upload the folder to this repository on the Hub")
     parser.add_argument(
         "--language-model", metavar="NAME", default="language_model", help="its folder (default: language_model)"
     )
-    heads = "which weights do not tell (default: 16, or as many as the language model where the width is not 1408)"
+    heads = "which weights do not tell (default: 16, or those of the language model if the width is not 1408)"
     parser.add_argument("--encoder-heads", type=int, metavar="N", help=f"attention heads of the vision tower, {heads}")
     parser.add_argument("--heads", type=int, metavar="N", help=f"of the merger and the decoders, {heads}")
     parser.add_argument(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -142,7 +143,7 @@ def convert(
             tokenizer,
             codebook_size=visual_config.codebook_size,
         )
-        components = {"processor": processor, "model": model}
+        components: dict[str, Any] = {"processor": processor, "model": model}
         if variants:
             components |= _safety_checker(official, dtype, plans)
         decoders = {
@@ -272,7 +273,8 @@ def _safety_checker(official: Path, dtype: torch.dtype | None, plans: list[Plan]
         config = CLIPConfig.from_pretrained(source / "safety_checker")
     checker = build_on_meta(lambda: StableDiffusionSafetyChecker(config).eval(), config.to_dict(), len(read()), file)
     plans.append(plan_weights("safety checker", read, checker.state_dict(), "safety_checker", "model", dtype))
-    for part in (config, config.text_config, config.vision_config):
+    parts: tuple[Any, ...] = (config, config.text_config, config.vision_config)
+    for part in parts:
         part.dtype = dtype or torch.float32
     file = source / "feature_extractor" / "preprocessor_config.json"
     read_json(file)
@@ -310,7 +312,7 @@ def _pixel_decoder(
     )
     config.dtype = dtype or plan.shapes["in_proj.weight"].dtype
     plans.append(plan)
-    components = {"detokenizer": detokenizer}
+    components: dict[str, Any] = {"detokenizer": detokenizer}
     for name, model_class, rename in (
         ("unet", UNet2DConditionModel, None),
         ("vae", AutoencoderKL, keys.rename_vae),
@@ -319,7 +321,7 @@ def _pixel_decoder(
         loaded = read_json(file)
         shards = find_shards(source / name, "diffusion_pytorch_model")
         component = build_on_meta(
-            lambda: model_class.from_config(loaded).eval(),  # noqa: B023
+            lambda: model_class.from_config(loaded).eval(),  # noqa: B023  # pyright: ignore[reportAttributeAccessIssue]
             loaded,
             len(load_shards(shards)),
             file,
@@ -372,9 +374,8 @@ def _state_dict(model: PreTrainedModel, tied: bool) -> StateDict:
 
 def _generation_config(text_config) -> GenerationConfig:
     eos = text_config.eos_token_id
-    config = GenerationConfig(bos_token_id=text_config.bos_token_id, eos_token_id=eos, pad_token_id=eos)
-    config.generation_presets = GENERATION_PRESETS
-    return config
+    ids = {"bos_token_id": text_config.bos_token_id, "eos_token_id": eos, "pad_token_id": eos}
+    return GenerationConfig(**ids, generation_presets=GENERATION_PRESETS)
 
 
 def _write_description(folder: Path, components: dict, decoders: dict):

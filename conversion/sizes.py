@@ -1,6 +1,7 @@
 """Configurations of our models, read from the shapes of official weights; heads leave no trace there."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -79,7 +80,7 @@ def detokenizer_config(
 ) -> LavitDetokenizerConfig:
     """From the shapes of a decoder under its official names; heads as in the merger."""
     projections = ["unet_proj_1", "unet_proj_2"] if variant == "highres" else ["unet_proj"]
-    sizes = {"num_unconditional_tokens": num_unconditional_tokens}
+    sizes: dict[str, Any] = {"num_unconditional_tokens": num_unconditional_tokens}
     if variant == "highres":
         sizes = {"pooled_embed_dim": _shape(weights, "unet_attnpool.c_proj.weight", 2)[0]}
     _, num_queries, width = _shape(weights, "query_embed", 3)

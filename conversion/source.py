@@ -38,13 +38,13 @@ def find_shards(folder: Path, *stems: str) -> dict[Path, set[str] | None]:
         for ending in (".safetensors", ".bin"):
             index, single = folder / f"{stem}{ending}.index.json", folder / f"{stem}{ending}"
             if index.is_file():
-                shards: dict[Path, set[str] | None] = {}
+                shards: dict[Path, set[str]] = {}
                 for key, name in read_weight_map(index).items():
                     shards.setdefault(folder / name, set()).add(key)
                 missing = [str(path) for path in shards if not path.is_file()]
                 if missing or not shards:
                     raise FileNotFoundError(f"{index} names files that are missing: {', '.join(missing) or 'none'}")
-                return shards
+                return {**shards}
             if single.is_file():
                 return {single: None}
     names = " or ".join(f"{stem}.bin" for stem in stems)

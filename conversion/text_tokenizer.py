@@ -23,7 +23,7 @@ def parse_sentencepiece(content: bytes):
     """
     try:
         from google.protobuf.message import DecodeError
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         raise ImportError(
             "the text tokenizer of official checkpoints is read by sentencepiece: pip install 'lavit-hf[convert]'"

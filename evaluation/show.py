@@ -49,9 +49,9 @@ def build_parser() -> Parser:
             "--count",
             type=positive_number,
             default=count,
-            help=f"images, at random where there are more (default: {count or 'all'})",
+            help=f"number of images, chosen at random (default: {count or 'all'})",
         )
-        kind.add_argument("--seed", type=seed_number, default=0, help="of what is random (default: 0)")
+        kind.add_argument("--seed", type=seed_number, default=0, help="of the random choices (default: 0)")
         kind.add_argument(
             "--size", type=positive_number, default=size, help=f"side of an image in pixels (default: {size})"
         )
@@ -82,7 +82,7 @@ def build_parser() -> Parser:
     kind = add_of_images(
         "kept",
         kept,
-        "images beside the patches of them that are kept",
+        "images beside their kept patches",
         "lavit show kept --data data/emoji -o kept.png --count 12",
         count=12,
         size=96,
@@ -91,7 +91,7 @@ def build_parser() -> Parser:
         "--keep-ratio",
         type=float,
         metavar="R",
-        help="keep this share of the patches, the best ones (default: as many as the checkpoint's selector keeps)",
+        help="keep this share of the patches, the most probable ones (default: what the checkpoint's selector keeps)",
     )
     return parser
 

@@ -13,6 +13,9 @@ from . import compat_lavit as _  # noqa: E402, F401  # isort: skip  (first: it c
 from transformers import AutoModelForMultimodalLM  # noqa: E402
 from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
+from modeling_lavit.processing import LavitImageProcessor, LavitProcessor  # noqa: E402
+
+from .blocks_lavit import LavitBlocks  # noqa: E402
 from .configuration_lavit import (  # noqa: E402
     LavitConfig,
     LavitDetokenizerConfig,
@@ -24,7 +27,6 @@ from .modeling_lavit_detokenizer import LavitDetokenizer  # noqa: E402
 from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer  # noqa: E402
 from .pipeline_lavit import LavitPipeline  # noqa: E402
 from .pipeline_text_to_image import LavitTextToImagePipeline  # noqa: E402
-from .processing import LavitImageProcessor, LavitProcessor  # noqa: E402
 from .publishing import use_package  # noqa: E402
 from .small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel  # noqa: E402
 from .visual_tokens_lavit import LavitVisualTokens  # noqa: E402
@@ -41,16 +43,18 @@ register_classes(
     image_processor=LavitImageProcessor,
     processor=LavitProcessor,
     pipeline=LavitPipeline,
+    blocks=LavitBlocks,
     unet=LavitUNet2DConditionModel,
     vae=LavitPatchAutoencoder,
 )
-load_without_flag(LavitPipeline)
+load_without_flag(LavitPipeline, LavitBlocks)
 use_package()
 PIPELINE_REGISTRY.register_pipeline(
     "text-to-image", pipeline_class=LavitTextToImagePipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
 )
 
 __all__ = [
+    "LavitBlocks",
     "LavitConfig",
     "LavitDetokenizer",
     "LavitDetokenizerConfig",

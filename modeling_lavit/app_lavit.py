@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -158,11 +159,11 @@ def build_app(pipe):
         raise ImportError("the app needs gradio: pip install gradio") from error
 
     app = LavitApp(pipe)
-    gallery = {"columns": 2, "height": 420, "object_fit": "contain", "format": "png"}
+    gallery: dict[str, Any] = {"columns": 2, "height": 420, "object_fit": "contain", "format": "png"}
 
     def several_images(label: str):
         return gr.Gallery(
-            label=label, type="filepath", file_types=["image"], interactive=True, **gallery | {"height": 260}
+            label=label, type="filepath", file_types=["image"], interactive=True, **{**gallery, "height": 260}
         )
 
     def count_and_seed() -> list:

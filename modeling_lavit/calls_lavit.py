@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from diffusers import DiffusionPipeline
 
 
 class RunningCall:
@@ -15,7 +17,8 @@ class RunningCall:
 
     def __init__(self):
         self.interrupted = False
-        self.denoiser = self.device = None
+        self.denoiser: Any = None
+        self.device: Any = None
         self._answers: dict[str, Any] = {}
 
     def ask(self, name: str) -> Any:
@@ -83,9 +86,10 @@ class RunningCalls:
             call.interrupted = value
 
 
-class LavitCallsMixin:
+class LavitCallsMixin(DiffusionPipeline if TYPE_CHECKING else object):
     """A pipeline's answers about the call of the thread that asks, and offloading that threads share by turns."""
 
+    _calls: RunningCalls
     _takes_turns = False
 
     @property

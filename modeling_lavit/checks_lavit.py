@@ -49,7 +49,8 @@ def check_count(name: str, value: Any):
 
 def check_scale(name: str, value: Any, none: str):
     """`none` says which values switch it off."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} must be a number from 0 on ({none}), got {value!r}")
 
 

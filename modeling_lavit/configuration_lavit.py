@@ -5,6 +5,8 @@ Defaults are the sizes of the official LaVIT-7B checkpoints (arXiv 2309.04669).
 
 from .compat_lavit import ALLOWED_VERSIONS as _  # noqa: F401  # isort: skip  (first: it checks the versions)
 
+from typing import TYPE_CHECKING, Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -24,7 +26,8 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
     """Configuration of [`LavitVisualTokenizer`]: encoder, selector, merger, quantizer (paper section 3.1).
 
     Args:
-        hidden_size, intermediate_size: width of the encoder and the merger, and of their feed-forward layers.
+        hidden_size, intermediate_size: width of the encoder, the selector and the merger, and of the feed-forward
+            layers.
         num_hidden_layers, num_attention_heads: depth and heads of the encoder (EVA ViT-g).
         image_size, patch_size: in pixels; `num_patches` follows.
         stem: what turns pixels into patch embeddings: `"linear"` (one matrix a patch, as in EVA ViT-g) or
@@ -32,8 +35,8 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             them; `patch_size` must be a power of two).
         layer_norm_eps: of the encoder only. Everything behind it uses `merger_layer_norm_eps`.
         merger_num_hidden_layers, merger_num_attention_heads: depth and heads of the merger.
-        attention_epsilon: the merger's attention leak (spec: `1e-6` in official checkpoints). `0` makes computing the
-            kept tokens alone exact.
+        attention_epsilon: what the merger's attention leaks to masked positions, `1e-6` in official checkpoints. With
+            `0` it is exact to compute kept tokens only.
         kept_only: whether the merger computes kept tokens alone where `attention_epsilon` is not 0: faster, and close,
             not equal (`lavit tokenize --compare-kept-only` counts the codes that change). May be switched at any time.
         merger_is_causal: whether a kept patch attends to the kept ones before it (the paper's choice), or to all.
@@ -43,6 +46,9 @@ class LavitVisualTokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
         selection: `"sample"` (Gumbel draw, reproducible through `selection_seed`), `"argmax"`, or `"all"` (every
             patch: as many tokens for any image).
         selection_seed: seed of the Gumbel draw when a call gives neither a generator nor noise.
+
+    Raises:
+        ValueError: an unknown selection or stem, or sizes that contradict each other.
     """
 
     model_type = "lavit_visual_tokenizer"
@@ -105,6 +111,9 @@ class LavitDetokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
         vae_scale_factor: pixels a latent, along a side; what a pipeline without an autoencoder goes by.
         default_num_inference_steps, default_decoder_guidance_scale: what [`LavitPipeline`] decodes with unless a call
             says otherwise.
+
+    Raises:
+        ValueError: an unknown variant, or a lowres one with several `prompt_embed_dims`.
     """
 
     model_type = "lavit_detokenizer"
@@ -150,15 +159,25 @@ class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):
         generation_only: whether visual tokenizer and understanding are left out: the model draws from text, and reads
             no images. Also an argument of `from_pretrained`.
         tie_word_embeddings: whether the LM head is the embedding matrix.
+
+    Raises:
+        ValueError: the language model's `vocab_size` is too small for text ids, `[IMG]`, `[/IMG]` and codes.
     """
 
     model_type = "lavit"
     # what tools ask composite models for
     attribute_map = {"vision_config": "visual_config"}
-    sub_configs = {"text_config": AutoConfig, "visual_config": LavitVisualTokenizerConfig}
+    sub_configs = {  # pyright: ignore[reportAssignmentType]
+        "text_config": AutoConfig,
+        "visual_config": LavitVisualTokenizerConfig,
+    }
 
-    text_config: dict | PreTrainedConfig | None = None
-    visual_config: dict | PreTrainedConfig | None = None
+    if TYPE_CHECKING:  # what is there once the config is made
+        text_config: PreTrainedConfig | Any = None
+        visual_config: LavitVisualTokenizerConfig | Any = None
+    else:  # what may be given
+        text_config: dict | PreTrainedConfig | None = None
+        visual_config: dict | PreTrainedConfig | None = None
     text_vocab_size: int = 32000
     share_understanding_merger: bool = False
     generation_only: bool = False

@@ -1,9 +1,10 @@
-"""How one id after the other is chosen: seeds, and the loop with batched guidance."""
+"""How one id after the other is chosen: seeds, and the loop with batched guidance. Ids and masks are int64."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -32,7 +33,9 @@ def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
     Raises:
         ValueError: a list of another length, or something else than generators.
     """
-    given = list(generator) if isinstance(generator, list | tuple) else [generator] * (generator is not None)
+    given: list[Any] = (
+        list(generator) if isinstance(generator, list | tuple) else [generator] * (generator is not None)
+    )
     if wrong := [one for one in given if not isinstance(one, torch.Generator)]:
         raise ValueError(
             f"generator must be a torch.Generator, or a list of one for each row, got {wrong[0]!r:.40}: a seed goes "
@@ -45,15 +48,17 @@ def row_generators(generator: Generators, rows: int) -> list[torch.Generator]:
                 "and each of its num_return_sequences draws"
             )
         return list(generator)
-    if generator is None:
+    if given:
+        first: torch.Generator = given[0]
+    else:
         # an assistant draws while its model does: from what that was given
         seed = int(torch.randint(2**63 - 1, (1,), device="cpu")) if _GLOBAL_ARE_LENT.get() else None
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
+        first = torch.Generator()
+        first.seed() if seed is None else first.manual_seed(seed)
     if rows == 1:
-        return [generator]
-    seeds = torch.randint(2**63 - 1, (rows,), generator=generator, device=generator.device).tolist()
-    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+        return [first]
+    seeds = torch.randint(2**63 - 1, (rows,), generator=first, device=first.device).tolist()
+    return [torch.Generator(first.device).manual_seed(seed) for seed in seeds]
 
 
 def next_uniforms(generators: Sequence[torch.Generator | None], device: torch.device | str = "cpu") -> torch.Tensor:
@@ -65,7 +70,7 @@ def next_uniforms(generators: Sequence[torch.Generator | None], device: torch.de
     return torch.stack(rows)
 
 
-def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.LongTensor:
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """(B, V) probabilities and (B, 1) uniform numbers -> (B,) ids, each row by inverting its distribution.
 
     One number per row and step makes a row independent of its batch, of V and of the device of the generator.
@@ -84,18 +89,17 @@ class LavitDecodingState:
     streamer always see all of them, each at its own index.
     """
 
-    def __init__(
-        self, sequences: torch.LongTensor, generators: list[torch.Generator] | None, config: GenerationConfig
-    ):
+    def __init__(self, sequences: torch.Tensor, generators: list[torch.Generator] | None, config: GenerationConfig):
         self.sequences = sequences
         self.active = torch.arange(len(sequences), device=sequences.device)
         self.unfinished = torch.ones(len(sequences), dtype=torch.bool, device=sequences.device)
         self.generators = list(generators or [])
         wanted = config.return_dict_in_generate
-        self.scores = () if wanted and config.output_scores else None
-        self.logits = () if wanted and config.output_logits else None
-        self.hidden_states = () if wanted and config.output_hidden_states else None
-        self.attentions = () if wanted and config.output_attentions else None
+        # transformers' annotations of these are of tuples with one entry
+        self.scores: Any = () if wanted and config.output_scores else None
+        self.logits: Any = () if wanted and config.output_logits else None
+        self.hidden_states: Any = () if wanted and config.output_hidden_states else None
+        self.attentions: Any = () if wanted and config.output_attentions else None
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Of the active rows to all rows; zero elsewhere."""
@@ -117,12 +121,12 @@ class LavitDecodingState:
         if self.attentions is not None:
             self.attentions += (tuple(layer[:rows] for layer in outputs.attentions),)
 
-    def append(self, ids: torch.LongTensor, stopping_criteria: StoppingCriteriaList) -> None:
+    def append(self, ids: torch.Tensor, stopping_criteria: StoppingCriteriaList) -> None:
         """The newest ids (rows,), and who goes on."""
         self.sequences = torch.cat([self.sequences, ids.unsqueeze(1)], dim=1)
         self.unfinished = self.unfinished & ~stopping_criteria(self.sequences, self.scores)
 
-    def drop_finished(self) -> torch.LongTensor | None:
+    def drop_finished(self) -> torch.Tensor | None:
         """Takes finished rows out of the active ones; the indices among these that stay, None if all do."""
         going_on = self.unfinished[self.active]
         if bool(going_on.all()):
@@ -182,12 +186,12 @@ class LavitDecodingLoop:
     def __call__(
         self,
         model,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         **model_kwargs,
-    ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         rows = len(input_ids) // (1 if self.guidance_scale is None else 2)
         state = LavitDecodingState(input_ids[:rows], self.generators, generation_config)
         forward = model.__call__
@@ -203,6 +207,7 @@ class LavitDecodingLoop:
         keeps_rows = self.keeps_rows or self.joint_generator is not None or generation_config.return_dict_in_generate
         returns_layers = state.hidden_states is not None or state.attentions is not None
         drafts_allowed = self.draft_length and not returns_layers and (grows or not model_kwargs["use_cache"])
+        drafter = self.drafter if drafts_allowed else None
         drafts = input_ids[:1, :0]
         while True:
             accepted = self._accept(state, outputs, drafts, logits_processor, stopping_criteria, generation_config)
@@ -219,9 +224,9 @@ class LavitDecodingLoop:
             if grows and not keeps_rows and (kept := state.drop_finished()) is not None:
                 input_ids = self._keep_rows(kept, input_ids, model_kwargs)
             drafts = input_ids[:1, :0]
-            if drafts_allowed and len(state.active) == 1:
+            if drafter is not None and len(state.active) == 1:
                 room = generation_config.max_length - input_ids.shape[1] - 1
-                drafts = self._draft(state.sequences[state.active], min(self.draft_length, room))
+                drafts = self._draft(drafter, state.sequences[state.active], min(self.draft_length, room))
             outputs = self._forward(forward, model, input_ids, drafts, model_kwargs)
 
         if self.streamer is not None:
@@ -229,7 +234,7 @@ class LavitDecodingLoop:
         if not generation_config.return_dict_in_generate:
             return state.sequences
         return GenerateDecoderOnlyOutput(
-            sequences=state.sequences,
+            sequences=state.sequences,  # pyright: ignore[reportArgumentType]
             scores=state.scores,
             logits=state.logits,
             hidden_states=state.hidden_states,
@@ -241,7 +246,7 @@ class LavitDecodingLoop:
         self,
         state: LavitDecodingState,
         outputs,
-        drafts: torch.LongTensor,
+        drafts: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
@@ -253,7 +258,7 @@ class LavitDecodingLoop:
         )
         for position in range(all_logits.shape[1]):
             scores = state.spread(self._guide(all_logits[:, position], state))
-            scores = logits_processor(state.sequences, scores)
+            scores = logits_processor(state.sequences, scores)  # pyright: ignore[reportArgumentType]
             state.record(all_logits[:, position], scores)
             ids = self._choose(scores, state, generation_config.do_sample)
             if self.streamer is not None:
@@ -279,7 +284,7 @@ class LavitDecodingLoop:
             is_guided = is_guided & inside.unsqueeze(1)
         return torch.where(is_guided, guided, conditional)
 
-    def _choose(self, scores: torch.Tensor, state: LavitDecodingState, do_sample: bool) -> torch.LongTensor:
+    def _choose(self, scores: torch.Tensor, state: LavitDecodingState, do_sample: bool) -> torch.Tensor:
         """(rows, V) to ids (rows,); finished rows get the pad id and use up no random number."""
         if not do_sample:
             ids = scores.argmax(-1)
@@ -294,14 +299,14 @@ class LavitDecodingLoop:
     def _streams(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.guidance_scale is None else torch.cat([rows, rows])
 
-    def _draft(self, sequences: torch.LongTensor, count: int) -> torch.LongTensor:
+    def _draft(self, drafter: LavitDraftIndex, sequences: torch.Tensor, count: int) -> torch.Tensor:
         """(1, n) ids to verify next, n up to `count`: how a known image goes on, of the only row (1, L)."""
         recent = [id_ - self.vocabulary.visual_offset for id_ in sequences[0, -LOOKED_AT:].tolist()]
-        codes = self.drafter.continuation(recent, count)
+        codes = drafter.continuation(recent, count)
         ids = [self.vocabulary.eoi_token_id if code == END else self.vocabulary.ids_of(code) for code in codes]
         return sequences.new_tensor([ids], dtype=torch.long)
 
-    def _forward(self, forward, model, input_ids: torch.LongTensor, drafts: torch.LongTensor, model_kwargs: dict):
+    def _forward(self, forward, model, input_ids: torch.Tensor, drafts: torch.Tensor, model_kwargs: dict):
         """The newest ids and the drafts behind them through the model."""
         count = drafts.shape[1]
         if count:
@@ -312,7 +317,7 @@ class LavitDecodingLoop:
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=next_length, **model_kwargs)
         return forward(**inputs, return_dict=True)
 
-    def _keep_rows(self, kept: torch.LongTensor, input_ids: torch.LongTensor, model_kwargs: dict) -> torch.LongTensor:
+    def _keep_rows(self, kept: torch.Tensor, input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         """Takes all rows but `kept`, with their streams, out of the cache and of what goes with the ids."""
         count = len(input_ids)
         streams = kept if self.guidance_scale is None else torch.cat([kept, kept + count // 2])
@@ -322,7 +327,7 @@ class LavitDecodingLoop:
                 model_kwargs[name] = value[streams]
         return input_ids[streams]
 
-    def _restart_unconditional(self, ids: torch.LongTensor, model_kwargs: dict) -> None:
+    def _restart_unconditional(self, ids: torch.Tensor, model_kwargs: dict) -> None:
         """Where `[IMG]` was just written, its unconditional stream starts again, with that id alone at position 0."""
         begins = (ids == self.vocabulary.boi_token_id).unsqueeze(1)
         mask, positions = model_kwargs["attention_mask"].clone(), model_kwargs["position_ids"].clone()
@@ -349,12 +354,12 @@ class LavitDraw:
         return isinstance(self.generator, list | tuple)
 
     def loop(self, vocabulary: LavitVocabulary, pad_token_id: int, rows: int, **options) -> LavitDecodingLoop:
-        joint = isinstance(self.generator, torch.Generator) and self.reference_compat
+        joint = self.generator if isinstance(self.generator, torch.Generator) and self.reference_compat else None
         return LavitDecodingLoop(
             vocabulary,
             pad_token_id,
-            generators=None if joint else row_generators(self.generator, rows),
-            joint_generator=self.generator if joint else None,
+            generators=None if joint is not None else row_generators(self.generator, rows),
+            joint_generator=joint,
             streamer=self.streamer,
             **options,
         )
@@ -365,7 +370,9 @@ class LavitDraw:
         generator = row_generators(self.generator, 1)[0]
         seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
         on_accelerator = device.type not in ("cpu", "meta")
-        forked = {"devices": [device], "device_type": device.type} if on_accelerator else {"devices": []}
+        forked: dict[str, Any] = (
+            {"devices": [device], "device_type": device.type} if on_accelerator else {"devices": []}
+        )
         with torch.random.fork_rng(**forked):
             torch.default_generator.manual_seed(seed)
             if on_accelerator:

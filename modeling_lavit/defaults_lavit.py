@@ -68,7 +68,7 @@ def read_defaults(model, detokenizer, default_size: tuple[int, int] | None) -> L
         max_image_tokens=min(of_model("max_image_tokens", MAX_IMAGE_TOKENS), decoder.num_queries),
         num_inference_steps=decoder.default_num_inference_steps,
         decoder_guidance_scale=decoder.default_decoder_guidance_scale,
-        aspect_ratios={name: tuple(size) for name, size in aspect_ratios.items()},
+        aspect_ratios={name: (size[0], size[1]) for name, size in aspect_ratios.items()},
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -22,12 +23,11 @@ class LavitDenoiser(StableDiffusionXLPipeline):
     @classmethod
     def of(cls, pipeline, call: RunningCall, unet) -> "LavitDenoiser":
         """For one call of `pipeline`, with a UNet in place of its own."""
+        # the base class does without where it is given embeddings
+        absent: dict[str, Any] = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
         denoiser = cls(
+            **absent,
             vae=pipeline.vae,
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=None,
-            tokenizer_2=None,
             unet=unet,
             scheduler=copy.deepcopy(pipeline.scheduler),
             add_watermarker=False,
@@ -50,14 +50,11 @@ class LavitDenoiser(StableDiffusionXLPipeline):
     def interrupt(self) -> bool:
         return self._interrupt or self._call.interrupted
 
-    def __call__(self, *args, callback_on_step_end: Callable | None = None, **kwargs):
-        callback = callback_on_step_end
-        if callback is not None and not isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-
-            def callback_on_step_end(*given):
-                return callback(*given) or {}
-
-        return super().__call__(*args, callback_on_step_end=callback_on_step_end, **kwargs)
+    def __call__(self, *args, callback_on_step_end: Callable | None = None, **kwargs) -> Any:
+        told: Any = callback_on_step_end
+        if told is not None and not isinstance(told, PipelineCallback | MultiPipelineCallbacks):
+            told = _with_dict(told)
+        return super().__call__(*args, callback_on_step_end=told, **kwargs)
 
     def progress_bar(self, iterable=None, total: int | None = None):
         return self._pipeline.progress_bar(iterable, total)
@@ -68,6 +65,15 @@ class LavitDenoiser(StableDiffusionXLPipeline):
         return super()._get_add_time_ids(
             original_size, crops_coords_top_left, target_size, torch.float32, text_encoder_projection_dim
         )
+
+
+def _with_dict(callback: Callable) -> Callable:
+    """A callback that may return None, as one that returns a dict."""
+
+    def called(*given):
+        return callback(*given) or {}
+
+    return called
 
 
 class DecodingUNet:
@@ -86,7 +92,8 @@ class DecodingUNet:
 
     def __init__(self, unet, images: int, mask: torch.Tensor | None, interval: tuple[float, float], lock=None):
         self._unet, self._images, self._mask, self._interval = unet, images, mask, interval
-        self._lock, self._step, self.scheduler = lock or nullcontext(), 0, None
+        self._lock, self._step = lock or nullcontext(), 0
+        self.scheduler: Any = None
 
     def __call__(self, sample: torch.Tensor, timestep, encoder_hidden_states, added_cond_kwargs, **kwargs):
         half = self._halves_alike() and len(sample) == 2 * self._images

@@ -2,13 +2,16 @@
 (arXiv 2311.08252)."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
-from transformers.utils.hub import cached_file
+from transformers import GenerationConfig, PreTrainedModel
+
+from .loading_lavit import fetched
 
 
 DRAFTS_FILE = "draft_codes.safetensors"
@@ -58,18 +61,20 @@ class LavitDraftIndex:
         return found[: found.index(END) + 1] if END in found else found
 
 
-class LavitDraftMixin:
+class LavitDraftMixin(PreTrainedModel if TYPE_CHECKING else object):
     """The images that a model knows as codes. They lie beside its weights, in a file of their own."""
 
+    _chosen: Callable[[GenerationConfig, str], Any]
     draft_codes: torch.Tensor | None = None
     _draft_index: LavitDraftIndex | None = None
 
-    def set_draft_codes(self, images: list[torch.LongTensor]) -> None:
-        """Gives the model images to know, e.g. those that it was trained on: [`generate`] looks up there how an image
-        may go on. They are saved beside the weights, two bytes a code.
+    def set_draft_codes(self, images: list[torch.Tensor]) -> None:
+        """Gives the model the codes of images, e.g. of those that it was trained on. [`generate`] looks up there how
+        an image may go on (arXiv 2311.08252). They replace earlier ones, and are saved beside the weights, two bytes
+        a code.
 
         Args:
-            images: the codes (n,) of each. None at all takes away those that were there.
+            images: the codes (n,) of each image. An empty list removes those that were there.
 
         Raises:
             ValueError: there are other codes among them than the codebook has.
@@ -99,7 +104,7 @@ class LavitDraftMixin:
             ValueError: it holds other codes than the codebook has.
         """
         try:
-            file = cached_file(folder_or_repo, DRAFTS_FILE, **hub_options)
+            file = fetched(folder_or_repo, DRAFTS_FILE, **hub_options)
         except OSError:  # most models know none
             return
         codes = load_file(file).get("codes")
@@ -110,8 +115,8 @@ class LavitDraftMixin:
             raise ValueError(f"{file} has draft codes of another codebook than this one's {size}")
         self.draft_codes, self._draft_index = codes, None
 
-    def _known_images(self) -> LavitDraftIndex:
-        if self._draft_index is None:
+    def _known_images(self) -> LavitDraftIndex | None:
+        if self._draft_index is None and self.draft_codes is not None:
             self._draft_index = LavitDraftIndex(self.draft_codes)
         return self._draft_index
 

@@ -64,9 +64,9 @@ def build_encoder(config: LavitVisualTokenizerConfig) -> Blip2VisionModel:
             qkv_bias=True,
             hidden_act="gelu",
             initializer_range=config.initializer_range,
-            attn_implementation=config._attn_implementation,
+            attn_implementation=config._attn_implementation,  # pyright: ignore[reportCallIssue]
         )
     )
     if config.stem == "convolutional":
-        encoder.embeddings.patch_embedding = LavitConvolutionalStem(config)
+        encoder.embeddings.patch_embedding = LavitConvolutionalStem(config)  # pyright: ignore[reportAttributeAccessIssue]
     return encoder

@@ -1,6 +1,7 @@
 """Prompts of `generate`: their slots filled, behind what a cache holds, and everything given back in the caller's ids.
 
 B prompts, L ids as the caller has them, P positions once the slots are filled, E width of the language model.
+Ids, masks and positions are int64.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .slots_lavit import (
     locate,
     pad,
     positions_of,
+    tell_positions,
     unpad,
 )
 from .vocabulary_lavit import LavitVocabulary
@@ -34,28 +36,36 @@ from .vocabulary_lavit import LavitVocabulary
 class LavitPrompt:
     """Prompts as they were given: `input_ids` and `attention_mask` (B, L), `pixel_values` one image per slot."""
 
-    input_ids: torch.LongTensor | None
-    attention_mask: torch.LongTensor | None
+    input_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
     pixel_values: torch.Tensor | None
     selection: dict[str, Any]
     cache: Cache | None = None
 
+    @property
+    def ids(self) -> torch.Tensor:
+        """`input_ids`, where there must be some."""
+        if self.input_ids is None:
+            raise ValueError("generate needs input_ids")
+        return self.input_ids
+
     def split(self, vocabulary: LavitVocabulary) -> list["LavitPrompt"]:
         """Each prompt alone, with its images."""
-        slots = find_slots(unpad(self.input_ids, self.attention_mask), vocabulary)
+        ids = self.ids
+        slots = find_slots(unpad(ids, self.attention_mask), vocabulary)
         counts = [len(starts) for starts in slots]
-        images = [None] * len(counts)
+        images: list[torch.Tensor | None] = [None] * len(counts)
         if self.pixel_values is not None:
             check_slots(slots, len(self.pixel_values))
             images = [pixels if len(pixels) else None for pixels in self.pixel_values.split(counts)]
-        rows = range(len(self.input_ids))
+        rows = range(len(ids))
         masks = [None if self.attention_mask is None else self.attention_mask[i : i + 1] for i in rows]
-        return [LavitPrompt(self.input_ids[i : i + 1], masks[i], images[i], self.selection) for i in rows]
+        return [LavitPrompt(ids[i : i + 1], masks[i], images[i], self.selection) for i in rows]
 
 
 def begin_images(prompt: LavitPrompt, vocabulary: LavitVocabulary, pad_token_id: int) -> LavitPrompt:
     """The prompts with an `[IMG]` behind those that do not end within an image."""
-    ids = prompt.input_ids
+    ids = prompt.ids
     mask = torch.ones_like(ids) if prompt.attention_mask is None else prompt.attention_mask
     if empty := (mask[:, -ids.shape[1] :] == 0).all(1).nonzero().flatten().tolist():
         raise ValueError(f"prompts {empty} are empty: a prompt needs at least one id")
@@ -82,9 +92,7 @@ def fill_prompt(
         ValueError: no ids, empty prompts, ids that go nowhere beyond the cache, numbers of slots and images that
             differ, a mask of another shape.
     """
-    vocabulary, ids, cache = model.config.vocabulary, prompt.input_ids, prompt.cache
-    if ids is None:
-        raise ValueError("generate needs input_ids")
+    vocabulary, ids, cache = model.config.vocabulary, prompt.ids, prompt.cache
     cached = cache.get_seq_length() if cache is not None else 0
     check_ids_and_mask(ids, prompt.attention_mask, model.config.text_config.vocab_size, bool(cached))
     mask = torch.ones_like(ids) if prompt.attention_mask is None else prompt.attention_mask.to(ids)
@@ -143,7 +151,8 @@ def _images_of(slots: list[list[int]], all_slots: list[list[int]], prompt: Lavit
     pixel_values, new = prompt.pixel_values, [len(starts) for starts in slots]
     given = 0 if pixel_values is None else len(pixel_values)
     whole = [len(starts) for starts in all_slots]
-    if prompt.cache is not None and given != sum(new) and given == sum(whole):
+    is_of_all = given != sum(new) and given == sum(whole)
+    if prompt.cache is not None and pixel_values is not None and is_of_all:
         pixel_values = torch.cat(
             [rows[len(rows) - count :] for rows, count in zip(pixel_values.split(whole), new, strict=True)]
         )
@@ -152,7 +161,7 @@ def _images_of(slots: list[list[int]], all_slots: list[list[int]], prompt: Lavit
     return pixel_values if given else None
 
 
-def _place(ids: torch.LongTensor, positions: LavitPositions, mask: torch.Tensor, filler: int) -> torch.LongTensor:
+def _place(ids: torch.Tensor, positions: LavitPositions, mask: torch.Tensor, filler: int) -> torch.Tensor:
     """Ids (B, n) at their positions (B, P), `filler` where images are."""
     held = positions.mask.new_full(positions.mask.shape, filler, dtype=torch.long)
     is_id = mask[:, : ids.shape[1]].bool()
@@ -174,12 +183,12 @@ class LavitFilledPrompt:
         cache, cached: what the caller gave to go on from or to fill, and how many positions it holds.
     """
 
-    caller_ids: torch.LongTensor
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
+    caller_ids: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
     inputs_embeds: torch.Tensor | None
     positions: LavitPositions | None
-    speaks: torch.LongTensor | None
+    speaks: torch.Tensor | None
     cache: Cache | None
     cached: int
     has_streams: bool = False
@@ -198,7 +207,7 @@ class LavitFilledPrompt:
     def is_as_given(self) -> bool:
         return torch.equal(self.input_ids[: len(self.caller_ids)], self.caller_ids)
 
-    def add_streams(self, unconditional: list[torch.LongTensor], pad_token_id: int) -> None:
+    def add_streams(self, unconditional: list[torch.Tensor], pad_token_id: int) -> None:
         """Puts the rows of a second stream below, which see nothing of what the cache holds."""
         new = unpad(self.input_ids[:, self.cached :], self.attention_mask[:, self.cached :])
         width = self.input_ids.shape[1]
@@ -208,24 +217,24 @@ class LavitFilledPrompt:
         self.attention_mask = torch.cat([torch.cat([held_mask, torch.zeros_like(held_mask)]), mask], dim=1)
         self.has_streams = True
         wider = self.input_ids.shape[1] - width
-        if self.positions is not None:
+        if self.positions is not None and self.speaks is not None:
             is_new = self.positions.own >= self.cached
             own = torch.where(is_new, self.positions.own + wider, self.positions.own)
             self.positions = LavitPositions(own, self.attention_mask[: len(held)])
             self.speaks = self.speaks + wider
 
-    def take_cache(self, rows_of_prompt: int) -> None:
-        """Makes the cache's rows those that are decoded."""
+    def take_cache(self, cache: Cache, rows_of_prompt: int) -> None:
+        """Makes the rows of the prompts' cache those that are decoded."""
         rows = torch.arange(len(self.caller_ids)).repeat_interleave(rows_of_prompt)
         rows = torch.cat([rows, rows]) if self.has_streams else rows
         if self.cached and len(rows) > len(self.caller_ids):
-            if not grows_freely(self.cache):
+            if not grows_freely(cache):
                 raise ValueError(
-                    f"a {type(self.cache).__name__} cannot serve several rows or streams of a prompt: give a "
+                    f"a {type(cache).__name__} cannot serve several rows or streams of a prompt: give a "
                     "DynamicCache, one row a prompt, and no guidance"
                 )
-            self.cache.batch_select_indices(rows.to(self.input_ids.device))
-        self.cache.lavit_positions = None
+            cache.batch_select_indices(rows.to(self.input_ids.device))
+        tell_positions(cache, None)
 
     def wrap(self, call: dict[str, Any], drawn: LavitDraw, rows_of_prompt: int) -> None:
         """Shows the caller's processors, stopping criteria and streamer ids as the caller has them."""
@@ -244,11 +253,11 @@ class LavitFilledPrompt:
         if drawn.streamer is not None:
             drawn.streamer = _StreamerInCallersIds(drawn.streamer, self)
 
-    def in_callers_ids(self, ids: torch.LongTensor) -> torch.LongTensor:
+    def in_callers_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """(rows, P + new) to (rows, L + new)."""
         return self._behind(ids[:, self.input_ids.shape[1] :])
 
-    def _behind(self, new_ids: torch.LongTensor) -> torch.LongTensor:
+    def _behind(self, new_ids: torch.Tensor) -> torch.Tensor:
         repeats = len(new_ids) // len(self.caller_ids)
         return torch.cat([self.caller_ids.to(new_ids.device).repeat_interleave(repeats, dim=0), new_ids], dim=1)
 
@@ -277,16 +286,17 @@ class LavitFilledPrompt:
     def _describe(self, cache: Cache) -> None:
         """Leaves the conditional rows in a cache, and where their ids stand."""
         if self.has_streams and grows_freely(cache):
-            rows = len(cache.layers[0].keys) // 2
+            keys: Any = cache.layers[0].keys  # pyright: ignore[reportAttributeAccessIssue]
+            rows = len(keys) // 2
             cache.batch_select_indices(torch.arange(rows, device=self.input_ids.device))
-        cache.lavit_positions = None if self.is_as_given else self.positions
+        tell_positions(cache, None if self.is_as_given else self.positions)
 
 
 class _ProcessorInCallersIds(LogitsProcessor):
     def __init__(self, processor: Callable, filled: LavitFilledPrompt):
         self.processor, self.filled = processor, filled
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return self.processor(self.filled.in_callers_ids(input_ids), scores)
 
 
@@ -294,7 +304,7 @@ class _CriteriaInCallersIds(StoppingCriteria):
     def __init__(self, criteria: Callable, filled: LavitFilledPrompt):
         self.criteria, self.filled = criteria, filled
 
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         return self.criteria(self.filled.in_callers_ids(input_ids), scores, **kwargs)
 
 

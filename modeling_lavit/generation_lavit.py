@@ -1,12 +1,19 @@
 """generate(): text, images, and both in one stream (arXiv 2309.04669, section 3.2, with its code's defaults)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
@@ -25,13 +32,16 @@ from .outputs_lavit import LavitTokenOutputMixin
 from .slots_lavit import pad, unpad
 
 
+MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
+
+
 class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
     """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
 
     @torch.no_grad()
     def generate(
         self,
-        inputs: torch.LongTensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
@@ -50,7 +60,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         gumbel_noise: torch.Tensor | None = None,
         streamer: BaseStreamer | None = None,
         **kwargs,
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
         """Writes text, an image's visual tokens, or both.
 
         Args:
@@ -68,12 +78,11 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
                 otherwise; 0 and 1 mean none, too.
             generator: a `torch.Generator`, or a list of one per returned row, on any device. One generator for several
                 rows draws a seed for each. Without it every call differs. The global generators are left untouched.
-            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has better defaults.
-                Both are clamped to the number of patches, more of which no image has, and in image mode to
-                `max_new_tokens` less one if that is given.
-            draft_length: mode image, of a model that knows images (see `set_draft_codes`): how many codes, at most,
-                are looked up there and verified by one forward; 0 for none. What is written stays the same, in fewer
-                forwards. Only a lone row does so, without beams and with a dynamic cache.
+            min_image_tokens, max_image_tokens: codes of an image, 20 and 200 unless the model has other defaults.
+                Both are clamped to the number of patches, and in image mode to `max_new_tokens - 1` if that is given.
+            draft_length: mode image, for a model that was given draft codes (see `set_draft_codes`): how many codes
+                at most are looked up there and verified in one forward (arXiv 2311.08252); 0 for none. What is written
+                stays the same. Used for a single row, without beams and with a dynamic cache.
             reference_compat: reproduces the quirks of the reference implementation: ids 0, 1, 2 and `[IMG]` may occur
                 in images, images of drawing prompts have no `[IMG]` and `[/IMG]` around them and make the limit on
                 new tokens the length of the longest prompt, the whole head is computed, rows are drawn jointly, and in
@@ -95,9 +104,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             criteria, streamer and hidden states count ids as they were given, too: a slot is two.
 
         Raises:
-            ValueError: unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no room
-                in the context; limits that contradict each other; a wrong number of generators; settings of another
-                mode.
+            ValueError: an unknown mode or preset; numbers of slots and images that differ; a prompt that leaves no
+                room in the context; contradictory limits; a wrong number of generators; settings of another mode.
         """
         self._check_mode(
             generation_mode,
@@ -115,7 +123,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         defaults = {name: preset.pop(name, None) for name in IMAGE_SETTINGS + PIPELINE_SETTINGS}
         config = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
         scales = (guidance_scale, config.guidance_scale, defaults["guidance_scale"], 1.0)
-        guidance_scale = next(scale for scale in scales if scale is not None)
+        chosen_scale = next(scale for scale in scales if scale is not None)
         unset = {name: value for name, value in preset.items() if getattr(config, name) is None}
         call = config.update(**(unset | kwargs))
         config.guidance_scale = 1.0
@@ -132,34 +140,44 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             cache=pop_cache(call),
         )
         drawn = LavitDraw(generator, streamer, reference_compat)
-        if drawn.is_list and not drawing and self._beams(config) > 1 and self._chosen(config, "do_sample"):
-            return self._generate_each(prompt, config, drawn, call)
-        if not drawing:
-            return self._generate_text(prompt, config, drawn, call)
-        if prompt.input_ids is None or "inputs_embeds" in call:
-            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
-        limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
-        if generation_mode == "image" and config.max_new_tokens is not None:
-            if config.max_new_tokens < 2:
-                raise ValueError(
-                    f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
-                )
-            # pipelines set this general limit; [/IMG] counts in it
-            limits = tuple(min(limit, config.max_new_tokens - 1) for limit in limits)
-        draft_length = self._draft_length(
-            draft_length, defaults["draft_length"], generation_mode, config, reference_compat
-        )
-        return self._generate_images(
-            prompt, generation_mode, config, guidance_scale, limits, drawn, call, draft_length
-        )
+        self._check_counts_and_shares(config)
+        write = self._generate_text
+        if drawing:
+            limits = self._image_limits(min_image_tokens, max_image_tokens, defaults, reference_compat)
+            if generation_mode == "image" and config.max_new_tokens is not None:
+                if config.max_new_tokens < 2:
+                    raise ValueError(
+                        f"an image takes a code and [/IMG] at least: max_new_tokens is {config.max_new_tokens}"
+                    )
+                # pipelines set this general limit; [/IMG] counts in it
+                least, most = limits
+                limits = min(least, config.max_new_tokens - 1), min(most, config.max_new_tokens - 1)
+            draft_length = self._draft_length(
+                draft_length, defaults["draft_length"], generation_mode, config, reference_compat
+            )
+            write = partial(
+                self._generate_images,
+                generation_mode=generation_mode,
+                guidance_scale=chosen_scale,
+                limits=limits,
+                draft_length=draft_length,
+            )
+        if drawn.is_list and self._beams(config) > 1 and self._chosen(config, "do_sample"):
+            return self._generate_each(write, prompt, config, drawn, call)
+        return write(prompt, config, drawn, call)
 
-    def _on_device(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def _on_device(self, tensor: MaybeTensor) -> MaybeTensor:
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"ids, masks and pixels must be tensors, got {type(tensor).__name__}: "
+                'ask the processor for return_tensors="pt"'
+            )
         # an offloaded model is on meta: its hooks move the inputs
         return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
 
     def _generate_text(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
         vocabulary = self.config.vocabulary
         if drawn.reference_compat or "assistant_model" in call:
             # an assistant's own forward knows no logit_range
@@ -167,9 +185,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         else:
             call["logit_range"] = (0, vocabulary.boi_token_id)
         speculative = "assistant_model" in call or self._chosen(config, "prompt_lookup_num_tokens") is not None
-        if speculative and prompt.pixel_values is not None:
-            # transformers' assisted decoding leaves its first candidates out where a prompt is given as embeddings
-            raise ValueError("assistant_model and prompt_lookup_num_tokens do not go with pixel_values")
         filled = None
         if "inputs_embeds" in call:
             if prompt.pixel_values is not None:
@@ -181,6 +196,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             if prompt.input_ids is None:
                 prompt.input_ids = self._begin_text(config)
             filled = fill_prompt(self, prompt, config.pad_token_id, discrete=False)
+            if "assistant_model" in call and filled.inputs_embeds is not None:
+                # an assistant is given ids: it reads images as codes
+                filled.input_ids = fill_prompt(self, prompt, config.pad_token_id, discrete=True).input_ids
             prompts = len(filled.caller_ids)
             self._hand_over(filled, config, call, drawn)
             if filled.inputs_embeds is None:
@@ -215,7 +233,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         }
         rows_of_prompt = self._chosen(config, "num_return_sequences") or 1
         if filled.cache is not None:
-            filled.take_cache(max(rows_of_prompt, self._beams(config)))
+            filled.take_cache(filled.cache, max(rows_of_prompt, self._beams(config)))
             call[CACHE_NAME] = filled.cache
         max_length = self._chosen(config, "max_length")
         if config.max_new_tokens is None and max_length is not None:
@@ -228,7 +246,7 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             config.min_length += filled.added
         filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
 
-    def _begin_text(self, config: GenerationConfig) -> torch.LongTensor:
+    def _begin_text(self, config: GenerationConfig) -> torch.Tensor:
         """The prompt of a call without one, as in transformers: the id that begins texts."""
         bos_token_id = self._chosen(config, "bos_token_id")
         if bos_token_id is None:
@@ -236,45 +254,57 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         return torch.tensor([[bos_token_id]], device=self.device)
 
     def _generate_each(
-        self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
-    ) -> torch.LongTensor:
+        self, write: Callable, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
+    ) -> torch.Tensor:
         """Sampled beams with a generator for each prompt: a beam search a prompt, which draws from its own."""
         if prompt.input_ids is None or prompt.cache is not None or config.return_dict_in_generate:
             raise ValueError("sampled beams with a list of generators need input_ids, and return ids alone")
-        if len(drawn.generator) != len(prompt.input_ids):
+        generators = drawn.generator if isinstance(drawn.generator, list | tuple) else []
+        if len(generators) != len(prompt.input_ids):
             raise ValueError(
-                f"{len(drawn.generator)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
+                f"{len(generators)} generators were given for {len(prompt.input_ids)} prompts: sampled beams "
                 "take one, or one for each prompt"
             )
-        parts = []
-        for one, generator in zip(prompt.split(self.config.vocabulary), drawn.generator, strict=True):
-            own = LavitDraw(generator, None, drawn.reference_compat)
-            parts.append(self._generate_text(one, copy.deepcopy(config), own, dict(call)))
+        allowed, parts = call.pop("prefix_allowed_tokens_fn", None), []
+        for row, one in enumerate(prompt.split(self.config.vocabulary)):
+            own = LavitDraw(generators[row], drawn.streamer, drawn.reference_compat)
+            its_call = {name: copy.copy(value) if isinstance(value, list) else value for name, value in call.items()}
+            if allowed is not None:
+                its_call["prefix_allowed_tokens_fn"] = lambda _, ids, row=row: allowed(row, ids)
+            parts.append(write(one, copy.deepcopy(config), own, its_call))
         rows = [row for part in parts for row in part]
         return pad(rows, config.pad_token_id, "right")[0]
 
     def _run(
         self, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw, loop: LavitDecodingLoop | None
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
         """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
         if loop is not None:
-            return super().generate(generation_config=config, custom_generate=loop, **call)
+            tokenizer = call.pop("tokenizer", None)
+            if config.stop_strings is not None and tokenizer is not None:
+                # transformers hands a tokenizer to its own decoding methods alone
+                call["stopping_criteria"].append(StopStringCriteria(tokenizer, config.stop_strings))
+                config.stop_strings = None
+            return super().generate(generation_config=config, custom_generate=loop, **call)  # pyright: ignore[reportAttributeAccessIssue]
         sampling = self._chosen(config, "do_sample")
         seeded = drawn.global_generators(self.device) if sampling else nullcontext()
         with seeded:
-            return super().generate(generation_config=config, streamer=drawn.streamer, **call)
+            return super().generate(generation_config=config, streamer=drawn.streamer, **call)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _generate_images(
         self,
         prompt: LavitPrompt,
-        generation_mode: str,
         config: GenerationConfig,
-        guidance_scale: float | Sequence[float] | torch.Tensor,
-        limits: tuple[int, int],
         drawn: LavitDraw,
         call: dict[str, Any],
+        *,
+        generation_mode: str,
+        guidance_scale: float | Sequence[float] | torch.Tensor,
+        limits: tuple[int, int],
         draft_length: int,
-    ) -> torch.LongTensor | GenerateOutput:
+    ) -> torch.Tensor | GenerateOutput:
+        if prompt.input_ids is None or "inputs_embeds" in call:
+            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
         image_mode, beams = generation_mode == "image", self._beams(config)
         if image_mode:
             prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
@@ -359,9 +389,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
     def _unconditional_rows(
         self,
         filled: LavitFilledPrompt,
-        negative_ids: torch.LongTensor | None,
-        negative_mask: torch.LongTensor | None,
-    ) -> list[torch.LongTensor]:
+        negative_ids: torch.Tensor | None,
+        negative_mask: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
         """What the unconditional streams begin with: the image under way from its `[IMG]` on, or a negative prompt.
 
         Outside an image they are not looked at.
@@ -379,8 +409,8 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
 
     def tokenize_prompt(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         **selection,
     ) -> list[list[int]]:
@@ -391,8 +421,9 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             pixel_values: (images, 3, H, W), one per slot.
             selection: see `LavitVisualTokenizer.select`.
         """
-        tensors = (self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values))
-        filled = fill_prompt(self, LavitPrompt(*tensors, selection), 0, discrete=True)
+        move = self._on_device
+        prompt = LavitPrompt(move(input_ids), move(attention_mask), move(pixel_values), selection)
+        filled = fill_prompt(self, prompt, 0, discrete=True)
         return [row.tolist() for row in unpad(filled.input_ids, filled.attention_mask)]
 
     def generate_batch(
@@ -413,16 +444,51 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             raise ValueError(f"generation_mode of generate_batch must be 'text' or 'image', got {generation_mode!r}")
         vocabulary = self.config.vocabulary
         config = copy.deepcopy(generation_config if generation_config is not None else self.generation_config)
-        config.allowed_ids = (0, vocabulary.boi_token_id)
+        allowed_ids = (0, vocabulary.boi_token_id)
         if generation_mode == "image":
-            config.allowed_ids = (vocabulary.eoi_token_id, vocabulary.size)
+            allowed_ids = (vocabulary.eoi_token_id, vocabulary.size)
             config.eos_token_id = vocabulary.eoi_token_id
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
+        config.allowed_ids = allowed_ids  # pyright: ignore[reportAttributeAccessIssue]
         return super().generate_batch(inputs, generation_config=config, **kwargs)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand
+        behind a prompt that may be embeddings, and a cache that was given holds the beginning."""
+        if is_first_iteration:
+            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+            if embedded and input_ids.shape[1] > embedded:
+                candidates = self.get_input_embeddings()(input_ids[:, embedded:])
+                inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds)], dim=1)
+            cache = kwargs.get(CACHE_NAME)
+            cached = cache.get_seq_length() if cache is not None else 0
+            if next_sequence_length is None and 0 < cached < input_ids.shape[1]:
+                next_sequence_length = input_ids.shape[1] - cached
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
+        # an assistant has embeddings of its own
+        kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
+        return super()._get_candidate_generator(*args, **kwargs)
+
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # transformers wants a protocol here that its own models do not fill, as in `generate`
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         # continuous batching takes no processors but those of its config
-        if hasattr(generation_config, "allowed_ids"):
-            processors.insert(0, LavitRangeLogitsProcessor(generation_config.allowed_ids))
+        allowed_ids = getattr(generation_config, "allowed_ids", None)
+        if allowed_ids is not None:
+            processors.insert(0, LavitRangeLogitsProcessor(allowed_ids))
         return processors

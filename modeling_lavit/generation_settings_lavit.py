@@ -1,10 +1,11 @@
 """Settings of generate(): modes, presets with the reference's defaults, limits, and what cannot be."""
 
 from collections.abc import Sequence
-from typing import Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -40,7 +41,7 @@ IMAGE_SETTINGS = ("guidance_scale", "min_image_tokens", "max_image_tokens", "dra
 PIPELINE_SETTINGS = ("multimodal_guidance_scale",)
 
 
-class LavitGenerationSettingsMixin:
+class LavitGenerationSettingsMixin(PreTrainedModel if TYPE_CHECKING else object):
     """Finds out what a call, its preset and the model's generation config say together."""
 
     def _check_mode(self, mode: str, image_settings: dict[str, Any], reference_compat: bool, kwargs: dict) -> None:
@@ -50,6 +51,9 @@ class LavitGenerationSettingsMixin:
             raise ValueError(f"{', '.join(IMAGE_SETTINGS)} apply to images, but generation_mode is 'text'")
         if mode == "interleaved" and reference_compat:
             raise ValueError("the reference has no interleaved mode to be compatible with")
+        speculation = ("assistant_model", "prompt_lookup_num_tokens")
+        if mode != "text" and (given := [name for name in speculation if kwargs.get(name) is not None]):
+            raise ValueError(f"{given[0]} is for text, but generation_mode is {mode!r}: images have draft_length")
         if mode == "image" and kwargs.get("max_length") is not None:
             raise ValueError("in image mode max_image_tokens limits the length, not max_length")
 
@@ -66,8 +70,8 @@ class LavitGenerationSettingsMixin:
         self, least: int | None, most: int | None, defaults: dict[str, Any], reference_compat: bool = False
     ) -> tuple[int, int]:
         if reference_compat:
-            limits = ((least, "min_image_tokens"), (most, "max_image_tokens"))
-            return tuple(defaults[name] if given is None else given for given, name in limits)
+            low = defaults["min_image_tokens"] if least is None else least
+            return low, defaults["max_image_tokens"] if most is None else most
         if least is not None and most is not None and least > most:
             raise ValueError(f"min_image_tokens {least} is above max_image_tokens {most}")
         if (least is not None and least < 0) or (most is not None and most < 1):
@@ -96,15 +100,30 @@ class LavitGenerationSettingsMixin:
         own = getattr(config, name)
         return own if own is not None else getattr(self.generation_config, name)
 
+    def _check_counts_and_shares(self, config: GenerationConfig) -> None:
+        """Raises ValueError for settings that transformers leaves out, or counts with, where they make no sense; the
+        others are refused by its own processors."""
+        for name in ("num_beams", "num_return_sequences"):
+            value = self._chosen(config, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
+        for name in ("top_p", "typical_p"):
+            value = self._chosen(config, name)
+            if value is not None and (not isinstance(value, Real) or not 0 < value <= 1):
+                raise ValueError(f"{name} must be a share above 0 and up to 1, which means all, got {value!r}")
+
     def _beams(self, config: GenerationConfig) -> int:
         return self._chosen(config, "num_beams") or 1
 
 
 def guidance_of_rows(scale: float | Sequence[float] | torch.Tensor, prompts: int, repeats: int) -> torch.Tensor | None:
     """A scale for every row, 1 where there is none; None where no row has one."""
-    scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
+    try:
+        scales = torch.as_tensor(scale, dtype=torch.float32).flatten().cpu()
+    except (TypeError, ValueError):
+        scales = torch.tensor([torch.nan])
     if not bool((scales.isfinite() & (scales >= 0)).all()):
-        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale}")
+        raise ValueError(f"guidance_scale must be a number from 0 on (0 and 1 mean none), got {scale!r}")
     if len(scales) == 1:
         scales = scales.expand(prompts * repeats)
     elif len(scales) == prompts:

@@ -35,7 +35,7 @@ class EndpointHandler:
     def __init__(self, path: str = ""):
         on_gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if on_gpu else torch.float32
-        self.pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, trust_remote_code=True)
+        self.pipe: Any = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, trust_remote_code=True)
         self.pipe.to("cuda" if on_gpu else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
 

@@ -13,7 +13,9 @@ the package does. So no code is needed in the components' folders, and the model
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 import transformers
@@ -37,6 +39,8 @@ from .saving_lavit import DIFFUSERS_CODE, GENERATION_AUTO_CLASSES, TRANSFORMERS_
 
 
 INDEX = "model_index.json"
+# of diffusers' modular pipelines: the file that names their blocks' class, and that class
+BLOCKS_CONFIG, BLOCKS_CLASS = "modular_config.json", "LavitBlocks"
 # components that live in the folder itself, not in a folder of their own, and their files there
 AT_ROOT = {
     "processor": ("processor_config.json", "chat_template.jinja", "tokenizer*", "special_tokens_map.json"),
@@ -46,7 +50,7 @@ DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision
 
 
 def register_classes(
-    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, unet, vae
+    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, blocks, unet, vae
 ):
     """Makes classes known to the Auto classes and to diffusers."""
     for model_class in (model, visual_tokenizer, detokenizer):
@@ -61,19 +65,20 @@ def register_classes(
     # diffusers looks the components' classes up in the two libraries
     for library, classes in (
         (transformers, (generation_model, detokenizer, processor)),
-        (diffusers, (pipeline, unet, vae)),
+        (diffusers, (pipeline, blocks, unet, vae)),
     ):
         for known in classes:
             setattr(library, known.__name__, known)
 
 
-def load_without_flag(pipeline):
-    """Lets diffusers' `from_pretrained(folder)` use `pipeline`, which is imported, not the folder's copy.
+def load_without_flag(pipeline, blocks):
+    """Lets diffusers' `from_pretrained(folder)` use `pipeline`, or `blocks` for a modular one, which are imported, not
+    the folder's copy.
 
     transformers' Auto classes have this rule (a registered class wins over a repository's code); diffusers has no
     registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
     """
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline  # pyright: ignore[reportArgumentType]
     base, auto = diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image
     load, load_config = base.from_pretrained.__func__, auto.load_config.__func__
     named = [DIFFUSERS_CODE, pipeline.__name__]
@@ -96,8 +101,20 @@ def load_without_flag(pipeline):
         config = load_config(cls, *args, **kwargs)
         return {**config, "_class_name": named[1]} if config.get("_class_name") == named else config
 
-    base.from_pretrained = classmethod(from_pretrained)
-    auto.load_config = classmethod(load_plain_config)
+    base_blocks = diffusers.ModularPipelineBlocks
+    load_blocks = base_blocks.from_pretrained.__func__
+
+    def blocks_from_pretrained(cls, source, **kwargs):
+        if cls is base_blocks:
+            where = {name: kwargs[name] for name in (*DOWNLOAD_OPTIONS, "subfolder") if name in kwargs}
+            named_blocks = cls.load_config(source, **where).get("auto_map", {})
+            if named_blocks.get(cls.__name__) == f"{DIFFUSERS_CODE}.{blocks.__name__}":
+                return blocks()
+        return load_blocks(cls, source, **kwargs)
+
+    base.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
+    auto.load_config = classmethod(load_plain_config)  # pyright: ignore[reportAttributeAccessIssue]
+    base_blocks.from_pretrained = classmethod(blocks_from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def read_index(source: str | os.PathLike, **where) -> dict:
@@ -115,7 +132,7 @@ def read_index(source: str | os.PathLike, **where) -> dict:
     return read_json_object(folder / INDEX)
 
 
-class LavitLoadingMixin:
+class LavitLoadingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object):
     """Loads a pipeline: fetches what is used alone, and looks at the files before anything is built."""
 
     @classmethod
@@ -242,10 +259,10 @@ def check_pipeline_folder(folder: Path, variant: str | None, given) -> None:
                 read_weight_map(file)
         files = [file for file in weights if weights_of(file.name)[1] == (variant and f".{variant}")]
         shapes = read_shapes([file for file in files if file.suffix == ".safetensors"], part)
-        model_class = getattr(diffusers, index[name][1], None)
-        if shapes is None or "quantization_config" in config or not hasattr(model_class, "from_config"):
+        build = getattr(getattr(diffusers, index[name][1], None), "from_config", None)
+        if shapes is None or "quantization_config" in config or build is None:
             continue
-        model = build_on_meta(lambda: model_class.from_config(config), config, len(shapes), part)  # noqa: B023
+        model = build_on_meta(partial(build, config), config, len(shapes), part)
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         wrong = wrong_shapes(expected, shapes)
         if wrong:

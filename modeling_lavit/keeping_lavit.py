@@ -10,7 +10,7 @@ import torch.nn.functional as F
 QUALITY_BATCH = 16  # numbers of tokens that are tried at once
 
 
-def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.BoolTensor:
+def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.Tensor:
     """The most probable patches.
 
     Args:
@@ -19,7 +19,7 @@ def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.BoolTen
             the patches whose probability is at least that, and the best one in any case.
 
     Returns:
-        (B, N).
+        (B, N) bool.
 
     Raises:
         ValueError: it is none of these, or out of range.
@@ -46,8 +46,8 @@ def keep_best(log_probs: torch.Tensor, keep: float | int | str) -> torch.BoolTen
     return first_patches(log_probs, max(1, round(keep * patches)))
 
 
-def first_patches(log_probs: torch.Tensor, count: int) -> torch.BoolTensor:
-    """(B, N): the `count` patches of each image that the selector (B, N, 2) would rather keep."""
+def first_patches(log_probs: torch.Tensor, count: int) -> torch.Tensor:
+    """(B, N) bool: the `count` patches of each image that the selector (B, N, 2) would rather keep."""
     scores = log_probs[..., 0] - log_probs[..., 1]
     best = scores.topk(count, dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
@@ -101,7 +101,7 @@ def keep_for_quality(tokenizer, features: torch.Tensor, log_probs: torch.Tensor,
     return torch.stack(masks)
 
 
-def decoded_cosine(tokenizer, features: torch.Tensor, keep_mask: torch.BoolTensor, detokenizer) -> torch.Tensor:
+def decoded_cosine(tokenizer, features: torch.Tensor, keep_mask: torch.Tensor, detokenizer) -> torch.Tensor:
     """(B,) mean cosines over patches between features (B, N, C) and those decoded from the tokens of a mask (B, N)."""
     codes = tokenizer.quantizer(tokenizer.merger(features, keep_mask))
     decoded = detokenizer.decode(*detokenizer.pad(codes, keep_mask.sum(1)))

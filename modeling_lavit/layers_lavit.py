@@ -67,7 +67,7 @@ def mixed_precision(norm: nn.LayerNorm, linear: nn.Linear, device: torch.device)
     return nullcontext()
 
 
-def take_rows(hidden_states: torch.Tensor, rows: torch.LongTensor) -> torch.Tensor:
+def take_rows(hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The rows (B, R) of every image: (B, N, C) to (B, R, C)."""
     return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
@@ -115,7 +115,7 @@ class LavitAttention(nn.Module):
         allowed: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         present: torch.Tensor | None = None,
-        rows: torch.LongTensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -139,7 +139,8 @@ class LavitAttention(nn.Module):
                 attention_mask = (1 - allowed.to(query.dtype)) * torch.finfo(query.dtype).min
                 attention_mask = attention_mask.expand(-1, -1, query.shape[2], -1)
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
+                self.config._attn_implementation,  # pyright: ignore[reportArgumentType]
+                eager_attention_forward,
             )
             attended, _ = attention_interface(
                 self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0
@@ -181,7 +182,7 @@ class LavitLayer(GradientCheckpointingLayer):
         cross_attention_mask: torch.Tensor | None = None,
         self_present: torch.Tensor | None = None,
         cross_present: torch.Tensor | None = None,
-        rows: torch.LongTensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, N, C) to (B, N, C), or to (B, R, C) where `rows` (B, R) asks for these alone; the rest see
         [`LavitAttention.forward`]."""

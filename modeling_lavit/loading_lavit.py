@@ -5,12 +5,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils.hub import cached_files
 
@@ -20,9 +21,10 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 Shapes = dict[str, tuple[int, ...]]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-class StrictLoadingMixin:
+class StrictLoadingMixin(PreTrainedModel if TYPE_CHECKING else object):
     """Mixin, written before `PreTrainedModel` in the bases: `from_pretrained` raises where weights are missing.
 
     Plain `PreTrainedModel.from_pretrained` initialises what a checkpoint lacks at random and goes on after a report.
@@ -32,7 +34,7 @@ class StrictLoadingMixin:
     """
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> Self:
         """Loads a checkpoint, see `PreTrainedModel.from_pretrained`.
 
         Raises:
@@ -50,7 +52,7 @@ class StrictLoadingMixin:
         if source is not None and not model_args and not kwargs.get("key_mapping") and not kwargs.get("gguf_file"):
             cls._check_weights(source, accept_mismatched, **kwargs)
         try:
-            model, info = super().from_pretrained(
+            model, info = super().from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 source,
                 *model_args,
                 output_loading_info=True,
@@ -60,7 +62,7 @@ class StrictLoadingMixin:
         except SafetensorError as error:
             raise _damaged(source, error) from error
         _refuse(source, cls, info["missing_keys"], () if accept_mismatched else info["mismatched_keys"])
-        return (model, info) if output_loading_info else model
+        return (model, info) if output_loading_info else model  # pyright: ignore[reportReturnType]
 
     @classmethod
     def _check_weights(
@@ -72,7 +74,7 @@ class StrictLoadingMixin:
         if shapes is None or kwargs.pop("quantization_config", None):
             return
         if not isinstance(config, PreTrainedConfig):
-            config = read_config(config or source, cls.config_class, **where, **kwargs)
+            config = read_config(config or source, cls.config_class or AutoConfig, **where, **kwargs)
         if getattr(config, "quantization_config", None):
             return
         model = build_on_meta(lambda: cls(config), config.to_dict(), len(shapes), source)
@@ -95,7 +97,7 @@ def read_config(source, config_class: type = AutoConfig, **options) -> PreTraine
         ValueError: it is damaged, or describes no model.
     """
     where = {name: options[name] for name in HUB_OPTIONS if name in options}
-    read_json_object(cached_file(str(source), "config.json", **where))
+    read_json_object(fetched(source, "config.json", **where))
     with said_of(f"config.json of {source} describes no model"):
         return config_class.from_pretrained(source, return_unused_kwargs=True, **options)[0]
 
@@ -112,14 +114,24 @@ def weight_files(source, variant: str | None = None, **where) -> list[Path]:
             stem, ending = name.rsplit(".", 1)
             name = f"{stem}.{variant}.{ending}"
         try:
-            path = Path(cached_file(str(source), name, **where))
+            path = fetched(source, name, **where)
         except OSError:
             continue
         if not name.endswith(".json"):
             return [path]
         names = sorted(set(read_weight_map(path).values()))
-        return [Path(shard) for shard in cached_files(str(source), names, **where)]
+        return [Path(shard) for shard in cached_files(str(source), names, **where) or ()]
     return []
+
+
+def fetched(source, name: str, **where) -> Path:
+    """A file of a folder or repository, fetched if need be.
+
+    Raises:
+        OSError: there is none.
+    """
+    # None comes of options that are not ours
+    return Path(cached_file(str(source), name, **where))  # pyright: ignore[reportArgumentType]
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -189,7 +201,7 @@ def is_compressed(path: Path) -> bool:
         return any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
 
 
-def build_on_meta(build: Callable[[], nn.Module], config: dict, num_weights: int, source) -> nn.Module:
+def build_on_meta(build: Callable[[], AnyModule], config: dict, num_weights: int, source) -> AnyModule:
     """A model without memory for its weights.
 
     Args:

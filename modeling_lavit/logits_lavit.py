@@ -1,4 +1,4 @@
-"""Which ids may come next: the grammar of images, and ranges of ids."""
+"""Which ids may come next: the grammar of images, and ranges of ids. Ids are int64, scores float32."""
 
 import torch
 from transformers import LogitsProcessor
@@ -6,7 +6,7 @@ from transformers import LogitsProcessor
 from .vocabulary_lavit import LavitVocabulary
 
 
-def image_state(input_ids: torch.LongTensor, vocabulary: LavitVocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+def image_state(input_ids: torch.Tensor, vocabulary: LavitVocabulary) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, L) ids -> inside (B,) bool, whether a row ends within an image; opened (B,), where its last `[IMG]` is."""
     positions = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
     opened = (positions * (input_ids == vocabulary.boi_token_id)).amax(1)
@@ -34,7 +34,7 @@ class LavitGrammarLogitsProcessor(LogitsProcessor):
         self.max_image_tokens = max_image_tokens
         self.max_length = max_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         vocabulary, length = self.vocabulary, input_ids.shape[1]
         inside, opened = image_state(input_ids, vocabulary)
         count = (length - 1 - opened).unsqueeze(1)
@@ -61,7 +61,7 @@ class LavitRangeLogitsProcessor(LogitsProcessor):
     def __init__(self, *ranges: tuple[int, int]):
         self.ranges = ranges
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ids = torch.arange(scores.shape[-1], device=scores.device)
         allowed = torch.stack([(ids >= start) & (ids < stop) for start, stop in self.ranges]).any(0)
         return scores.masked_fill(~allowed, float("-inf"))

@@ -1,11 +1,12 @@
 """LaVIT: one language model that reads and writes both text and visual tokens (arXiv 2309.04669, section 3.2).
 
 Dimension letters: B prompts, L their length, N patches, C width of the visual tokenizer, E width of the language
-model, V ids in all, n kept patches of one image.
+model, V ids in all, n kept patches of one image. Ids, masks and labels are int64.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from .slots_lavit import (
     locate,
     pad,
     positions_of,
+    tell_positions,
     unpad,
 )
 from .understanding_lavit import LavitImageFeatures, LavitUnderstanding
@@ -61,13 +63,13 @@ class LavitInputs:
             which the last feature of its image speaks for.
     """
 
-    input_ids: torch.LongTensor
+    input_ids: torch.Tensor
     inputs_embeds: torch.Tensor
-    attention_mask: torch.LongTensor
-    labels: torch.LongTensor | None
-    is_feature: torch.BoolTensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor | None
+    is_feature: torch.Tensor
     positions: LavitPositions
-    speaks: torch.LongTensor
+    speaks: torch.Tensor
 
 
 def of_vision(attn_implementation: str | None) -> str | None:
@@ -78,7 +80,7 @@ def of_vision(attn_implementation: str | None) -> str | None:
 class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     config_class = LavitConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Blip2EncoderLayer", "LavitLayer", "LlamaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
@@ -100,7 +102,7 @@ class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         for module in self.modules():
             if isinstance(module, LavitVisualTokenizer):
-                module.encoder.set_attn_implementation(module.config._attn_implementation)
+                module.encoder.set_attn_implementation(module.config._attn_implementation)  # pyright: ignore[reportArgumentType]
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers, but refuses to drop rows of visual ids.
@@ -117,7 +119,10 @@ class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
 
 class LavitModel(LavitPreTrainedModel):
-    """Visual tokenizer, understanding and language model, without the LM head."""
+    """Visual tokenizer, understanding and language model, without the LM head (paper section 3.2).
+
+    Its outputs have a row for each of the caller's `input_ids`: a slot `[IMG][/IMG]` is two, whatever its image takes.
+    """
 
     def __init__(self, config: LavitConfig):
         super().__init__(config)
@@ -157,25 +162,46 @@ class LavitModel(LavitPreTrainedModel):
             pixel_values: (images, 3, H, W), normalised.
             kwargs: which patches are kept, see `LavitVisualTokenizer.select`; `output_hidden_states` and
                 `output_attentions` of the encoder; `return_dict`.
+
+        Returns:
+            `pooler_output`, for each image its kept patches as the language model reads them (n, E);
+            `last_hidden_state` (images, N, C), the encoder's features; `lengths` (images,).
+
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
         """
-        self._check_reads()
-        return self.understanding(self.visual_tokenizer, pixel_values, **kwargs)
+        understanding, visual_tokenizer = self._reading_parts()
+        own_merger = understanding if understanding.merger is not None else None
+        encoded = visual_tokenizer.encode(pixel_values, merger=own_merger, **kwargs)
+        projected = encoded.features if own_merger is not None else understanding(encoded.features)
+        return LavitImageFeatures(
+            last_hidden_state=encoded.last_hidden_state,
+            pooler_output=projected.split(encoded.lengths.tolist()),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            lengths=encoded.lengths,
+        )
 
     def get_image_tokens(self, pixel_values: torch.Tensor, **selection) -> LavitVisualTokens:
-        """The images' visual tokens, as generation prompts hold them. See `LavitVisualTokenizer.tokenize`."""
-        self._check_reads()
-        return self.visual_tokenizer.tokenize(pixel_values, **selection)
+        """The codes of images (images, 3, H, W), for prompts that draw; see `LavitVisualTokenizer.tokenize`.
 
-    def _check_reads(self) -> None:
-        if self.config.generation_only:
+        Raises:
+            ValueError: the model was loaded with `generation_only=True`.
+        """
+        _, visual_tokenizer = self._reading_parts()
+        return visual_tokenizer.tokenize(pixel_values, **selection)
+
+    def _reading_parts(self) -> tuple[LavitUnderstanding, LavitVisualTokenizer]:
+        if self.understanding is None or self.visual_tokenizer is None:
             raise ValueError("the model was loaded with generation_only=True: it has no encoder and reads no images")
+        return self.understanding, self.visual_tokenizer
 
     def expand_inputs(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
-        attention_mask: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         padding_side: str | None = None,
         **selection,
     ) -> LavitInputs:
@@ -221,9 +247,9 @@ class LavitModel(LavitPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -232,7 +258,7 @@ class LavitModel(LavitPreTrainedModel):
         gumbel_noise: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> BaseModelOutputWithPast:
         """Hidden states of the language model, (B, L, E): a row for each id. Arguments: see
         [`LavitForConditionalGeneration.forward`]."""
@@ -253,7 +279,7 @@ class LavitModel(LavitPreTrainedModel):
             selected = {"selection": selection, "keep_ratio": keep_ratio, "gumbel_noise": gumbel_noise}
             filled = self._go_on(input_ids, pixel_values, attention_mask, known, selected)
             input_ids, inputs_embeds, attention_mask, position_ids, positions, speaks = filled
-        elif _starts_a_sequence(input_ids, past):
+        elif input_ids is not None and _starts_a_sequence(past):
             check_slots(find_slots(list(input_ids), self.config.vocabulary), 0)
         outputs = self.language_model(
             input_ids=input_ids,
@@ -262,7 +288,7 @@ class LavitModel(LavitPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **past,
-            **kwargs,
+            **kwargs,  # pyright: ignore[reportCallIssue]
         )
         if speaks is not None:
             outputs.last_hidden_state = take_rows(outputs.last_hidden_state, speaks)
@@ -272,12 +298,12 @@ class LavitModel(LavitPreTrainedModel):
                     None if hidden is None else take_rows(hidden, speaks) for hidden in outputs.hidden_states
                 )
         if positions is not None and (cache := outputs.get(CACHE_NAME)) is not None:
-            cache.lavit_positions = positions
+            tell_positions(cache, positions)
         return outputs
 
     def _go_on(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         cache: Cache | None,
@@ -319,7 +345,7 @@ class LavitModel(LavitPreTrainedModel):
 
 
 class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, LavitGenerationMixin):
-    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws.
+    """LaVIT with its LM head over text ids, `[IMG]`, `[/IMG]` and codes: reads and draws (paper section 3.2).
 
     ```python
     model = LavitForConditionalGeneration.from_pretrained(path)
@@ -334,7 +360,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
     output_modalities = ("text", "image")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    # known images' codes lay here until 0.2
+    # where earlier checkpoints have the codes of known images
     _keys_to_ignore_on_load_unexpected = ["draft_ids"]
 
     def __init__(self, config: LavitConfig):
@@ -344,7 +370,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs) -> Self:
         """As every model's; with the images that it knows, see [`set_draft_codes`]."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -367,13 +393,13 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         selection: str | None = None,
         keep_ratio: float | None = None,
         gumbel_noise: torch.Tensor | None = None,
@@ -381,9 +407,9 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
         cache: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         logit_range: tuple[int, int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues]
     ) -> CausalLMOutputWithPast:
-        """One next-token objective over both modalities (paper Eq. 4).
+        """One next-token objective over both modalities (paper Eq. 6).
 
         Args:
             input_ids: (B, L). An image that is read is a slot `[IMG][/IMG]` here and pixels in `pixel_values`; one
@@ -397,17 +423,17 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
                 nevertheless, where the row of a slot's `[IMG]` is that of the image's last feature. For the filled
                 rows pass `expand_inputs(…).inputs_embeds`.
             labels: (B, L) ids, -100 where there is no loss, as for the first id of a prompt, which nothing precedes.
-            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.encode`.
-            logits_to_keep: compute the logits of the last ids alone, 0 = all.
-            logit_range: (start, stop): compute the logits of these ids alone, the others are -inf.
+            selection, keep_ratio, gumbel_noise: which patches are kept, see `LavitVisualTokenizer.select`.
+            logits_to_keep: compute the logits of so many last ids only; 0 means all.
+            logit_range: (start, stop): compute the logits of these ids only; the others are -inf.
 
         Returns:
             `loss` (mean cross-entropy over labelled ids), `logits` (B, L, V), and what Llama returns; attentions are
             over filled positions.
 
         Raises:
-            ValueError: the numbers of slots and images differ, ids that the vocabulary has not, a mask of another
-                shape, or pixels with positions.
+            ValueError: the numbers of slots and images differ, ids outside the vocabulary, a mask of another shape,
+                or pixels together with `position_ids`.
         """
         if labels is not None and attention_mask is not None:
             # the first id behind padding would be predicted from the padding
@@ -425,7 +451,7 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
             gumbel_noise=gumbel_noise,
             use_cache=use_cache,
             cache=cache,
-            **kwargs,
+            **kwargs,  # pyright: ignore[reportCallIssue]
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self._compute_logits(outputs.last_hidden_state[:, kept], logit_range)
@@ -460,10 +486,8 @@ class LavitForConditionalGeneration(LavitPreTrainedModel, LavitScoringMixin, Lav
 
 # By these names Trainer knows that it has to shift the labels that it smooths, and `transformers serve` what goes in.
 for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-    names[LavitConfig.model_type] = LavitForConditionalGeneration.__name__
+    names[LavitConfig.model_type] = LavitForConditionalGeneration.__name__  # pyright: ignore[reportArgumentType]
 
 
-def _starts_a_sequence(input_ids: torch.Tensor | None, past: dict) -> bool:
-    return (
-        input_ids is not None and all(cache is None for cache in past.values()) and not torch.compiler.is_compiling()
-    )
+def _starts_a_sequence(past: dict) -> bool:
+    return all(cache is None for cache in past.values()) and not torch.compiler.is_compiling()

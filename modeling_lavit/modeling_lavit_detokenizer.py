@@ -33,11 +33,12 @@ class LavitDetokenizerOutput(ModelOutput):
         hidden_states: the queries (B, N, C) before the first layer and after each one, where they were asked for.
     """
 
-    prompt_embeds: torch.FloatTensor | None = None
-    pooled_prompt_embeds: torch.FloatTensor | None = None
-    attention_mask: torch.BoolTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor | None, ...] | None = None
+    # `ModelOutput` wants a default
+    prompt_embeds: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    pooled_prompt_embeds: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
 
 
 class LavitAttentionPool(nn.Module):
@@ -66,7 +67,8 @@ class LavitAttentionPool(nn.Module):
 
 
 class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Query tokens read the codes by cross attention and become reconstructed features, then conditions.
+    """Query tokens read the codes by cross attention and become reconstructed features (paper section 3.1), which are
+    projected to the conditions of a UNet (Eq. 5).
 
     A code's position is its rank in the sequence: which patch it came from is not known.
     """
@@ -167,16 +169,20 @@ class LavitDetokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        codes: torch.LongTensor,
-        lengths: torch.LongTensor,
+        codes: torch.Tensor,
+        lengths: torch.Tensor,
         output_hidden_states: bool | list[int] | None = None,
     ) -> LavitDetokenizerOutput:
         """
         Args:
-            codes: (sum of lengths,) in 0 … K-1, image after image.
-            lengths: (B,), 1 … `num_queries` each.
+            codes: (sum of lengths,) int64 in 0 … K-1, image after image.
+            lengths: (B,) int64, 1 … `num_queries` each.
             output_hidden_states: also return the queries of all layers, or of those on a list; by default as the
                 config says.
+
+        Returns:
+            `prompt_embeds` (B, `num_queries`, sum of `prompt_embed_dims`), and by variant `pooled_prompt_embeds` (B,
+            `pooled_embed_dim`) or `attention_mask` (B, `num_queries`).
 
         Raises:
             ValueError: an image of no codes or of too many, codes out of range or of another kind of number, or

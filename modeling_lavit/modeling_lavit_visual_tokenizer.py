@@ -3,6 +3,8 @@
 Legend: B images, N patches, C width, K codes in the codebook, D their dimension, n kept patches of one image.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -49,16 +51,14 @@ class LavitTokenSelector(nn.Module):
             return F.log_softmax(self.out_proj(hidden).float(), dim=-1)
 
 
-def gather_rows(
-    hidden_states: torch.Tensor, chosen: torch.BoolTensor
-) -> tuple[torch.Tensor, torch.BoolTensor, torch.LongTensor]:
+def gather_rows(hidden_states: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The chosen rows of every image in order, padded to the most that one image has.
 
     Args:
-        hidden_states: (B, N, C). chosen: (B, N).
+        hidden_states: (B, N, C). chosen: (B, N) bool.
 
     Returns:
-        rows (B, R, C), which of them are no padding (B, R), and their places (B, R).
+        rows (B, R, C), which of them are no padding (B, R) bool, and their places (B, R) int64.
     """
     places = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
     return take_rows(hidden_states, places), chosen.gather(1, places), places
@@ -96,10 +96,11 @@ class LavitTokenMerger(nn.Module):
         kept = keep_mask.bool()
         mask = keep_mask if keep_mask.is_floating_point() else kept.to(features.dtype)
         merge = self._merge_kept if self.config.kept_only or not self.config.attention_epsilon else self._merge_all
-        with mixed_precision(self.norm, self.layers[0].mlp.fc1, features.device):
+        first: Any = self.layers[0]
+        with mixed_precision(self.norm, first.mlp.fc1, features.device):
             return merge(features, kept, mask)
 
-    def _merge_all(self, features: torch.Tensor, kept: torch.BoolTensor, mask: torch.Tensor) -> torch.Tensor:
+    def _merge_all(self, features: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         context = self.context_norm(features)
         cross_allowed = 1 - mask[:, None, None]
         diagonal = torch.eye(features.shape[1], dtype=mask.dtype, device=mask.device)
@@ -111,7 +112,7 @@ class LavitTokenMerger(nn.Module):
         hidden_states = self.layers[-1](hidden_states, context, self_allowed[:, None], cross_allowed, rows=places)
         return self.norm(hidden_states[is_kept])
 
-    def _merge_kept(self, features: torch.Tensor, kept: torch.BoolTensor, mask: torch.Tensor) -> torch.Tensor:
+    def _merge_kept(self, features: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         hidden_states, is_kept, places = gather_rows(features, kept)
         earlier = torch.ones(places.shape[1], places.shape[1], dtype=mask.dtype, device=mask.device)
         if self.config.merger_is_causal:
@@ -160,14 +161,15 @@ class LavitQuantizer(nn.Module):
 
 
 class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]).
+    """Images to a varying number of discrete codes ([`tokenize`]) or continuous features ([`encode`]), paper section
+    3.1, Eq. 1 to 3.
 
     The same image gives the same codes in every batch, unless noise, a generator or another selection is asked for.
     """
 
     config_class = LavitVisualTokenizerConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # pyright: ignore[reportAssignmentType]
     supports_gradient_checkpointing = True
     _no_split_modules = ["LavitLayer", "Blip2EncoderLayer"]
     _keep_in_fp32_modules_strict = [
@@ -214,7 +216,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             ValueError: pixels of another shape, or that are NaN or infinite.
         """
         self._check_pixels(pixel_values)
-        first = self.encoder.encoder.layers[0]
+        first: Any = self.encoder.encoder.layers[0]
         with mixed_precision(first.layer_norm1, first.mlp.fc1, pixel_values.device):
             embeddings = self.encoder.embeddings(pixel_values.to(self.encoder.dtype))
             embeddings = embeddings.to(first.layer_norm1.weight.dtype)
@@ -224,6 +226,10 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(f"pixel_values must be (batch, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}: let the image processor make them"
+            )
         if torch.compiler.is_compiling() or pixel_values.is_meta:
             return
         if not bool(pixel_values.isfinite().all()):
@@ -239,24 +245,28 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         keep: float | int | str | None = None,
         target_quality: float | None = None,
         detokenizer: PreTrainedModel | None = None,
-    ) -> tuple[torch.BoolTensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decides which patches are kept; at least one of every image.
 
         Args:
             features: (B, N, C) of the encoder.
             selection: `"sample"`, `"argmax"` or `"all"`; the config's when None.
-            keep_ratio: `keep` as a share.
-            generator: draws the Gumbel noise, image after image; or one generator an image. Without it every image
-                gets the noise of `config.selection_seed`.
+            keep_ratio: share of the patches, above 0 and at most 1: the most probable ones, as with `keep`.
+            generator: draws the Gumbel noise, image after image; or a list with one for each image. Without it every
+                image gets the noise of `config.selection_seed`.
             gumbel_noise: (B, N, 2), used instead of a draw.
             keep: the most probable patches, whatever `selection` says: a share (float), a number (int), or
                 `"threshold=0.7"`, a probability; see [`keep_best`].
-            target_quality: so few of the most probable patches that their tokens are decoded to features of this
-                cosine with the encoder's; see [`keep_for_quality`].
-            detokenizer: that decodes them.
+            target_quality: as few of the most probable patches as are decoded to features of this mean cosine with
+                the encoder's; see [`keep_for_quality`].
+            detokenizer: the [`LavitDetokenizer`] that decodes them; `target_quality` needs it.
 
         Returns:
             keep mask (B, N) bool and log-probabilities (B, N, 2) float32, index 0 being "keep".
+
+        Raises:
+            ValueError: an unknown selection, more than one of the dials, values out of range, noise of another shape
+                or not finite, or a wrong number of generators.
         """
         selection = selection or (
             "sample" if generator is not None or gumbel_noise is not None else self.config.selection
@@ -269,8 +279,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             raise ValueError("give one of keep_ratio, keep and target_quality")
         if target_quality is not None:
             return keep_for_quality(self, features, log_probs, target_quality, detokenizer), log_probs
-        if keep_ratio is not None or keep is not None:
-            return keep_best(log_probs, keep if keep_ratio is None else float(keep_ratio)), log_probs
+        dial = keep if keep_ratio is None else float(keep_ratio)
+        if dial is not None:
+            return keep_best(log_probs, dial), log_probs
         if selection == "all":
             return torch.ones(batch, patches, dtype=torch.bool, device=log_probs.device), log_probs
         scores = log_probs
@@ -283,9 +294,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
                 raise ValueError("gumbel_noise holds NaN or infinite values")
             scores = log_probs + gumbel_noise.to(log_probs)
         margin = scores[..., 0] - scores[..., 1]
-        keep = margin >= 0
+        kept = margin >= 0
         best = F.one_hot(margin.argmax(1), patches).bool()
-        return keep | (best & ~keep.any(1, keepdim=True)), log_probs
+        return kept | (best & ~kept.any(1, keepdim=True)), log_probs
 
     def _draw_noise(self, batch: int, patches: int, generator) -> torch.Tensor:
         if generator is None:
@@ -299,7 +310,7 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     def encode(
         self,
         pixel_values: torch.Tensor,
-        merger: LavitTokenMerger | None = None,
+        merger: nn.Module | None = None,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
         **selection_kwargs,
@@ -308,10 +319,13 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
 
         Args:
             pixel_values: (B, 3, S, S), normalised.
-            merger: another merger than the tokenizer's own (the language model's, for reading).
+            merger: of features and keep mask, in place of the tokenizer's own (the language model's, for reading).
             output_hidden_states, output_attentions: also return those of the encoder's layers (hidden states also of
                 those on a list alone); by default as the config says.
             selection_kwargs: see [`select`].
+
+        Raises:
+            ValueError: pixels of another shape, NaN or infinite ones, and what [`select`] refuses.
         """
         recorded = {
             "output_hidden_states": self._asked_for("output_hidden_states", output_hidden_states),
@@ -347,6 +361,9 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
         Args:
             pixel_values: (B, 3, S, S), normalised.
             kwargs: see [`select`] and [`encode`].
+
+        Raises:
+            ValueError: as [`encode`].
         """
         encoded = self.encode(pixel_values, **kwargs)
         return LavitVisualTokens(

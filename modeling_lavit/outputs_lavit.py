@@ -1,16 +1,18 @@
 """What generated ids hold: text, codes, and images where a pixel decoder is attached."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from .visual_tokens_lavit import LavitVisualTokens
 
 
-class LavitTokenOutputMixin:
+class LavitTokenOutputMixin(PreTrainedModel if TYPE_CHECKING else object):
     """Takes generated ids apart, and decodes images."""
 
-    def split_segments(self, ids: torch.LongTensor | list[int]) -> list[tuple[str, torch.LongTensor]]:
+    def split_segments(self, ids: torch.Tensor | list[int]) -> list[tuple[str, torch.Tensor]]:
         """One row of ids to its parts in order: `("text", ids)` and `("image", codes)`, codes from 0 on.
 
         `[IMG]` and `[/IMG]` are left out, an image without codes (a slot) too. Code ids belong to an image also where
@@ -41,7 +43,7 @@ class LavitTokenOutputMixin:
         self.__dict__["_pixel_decoder"] = pixel_decoder
 
     @torch.no_grad()
-    def decode_image_tokens(self, ids: torch.LongTensor) -> list:
+    def decode_image_tokens(self, ids: torch.Tensor) -> list:
         """What `generate(generation_mode="image")` returned, (rows, L) ids, as an image for every row.
 
         Everything that is no code is dropped, and so are padding and what follows `[/IMG]`. Without a pixel decoder

@@ -21,22 +21,16 @@ from .checks_lavit import (
     as_visual_tokens,
     check_components,
     check_count,
-    check_interval,
     check_latents,
     check_names,
     check_output_type,
-    check_pair,
-    check_scale,
-    check_scheduler,
-    check_size,
-    check_tensor_inputs,
 )
 from .defaults_lavit import LavitDefaults, read_defaults, store_defaults
-from .denoising_lavit import DecodingUNet, LavitDenoiser
+from .denoising_lavit import LavitDenoiser
 from .hub_lavit import LavitLoadingMixin
 from .pipeline_saving_lavit import LavitSavingMixin
 from .pixels_lavit import LavitPixelsMixin, load_pixel_decoder
-from .prompts_lavit import Prompt, as_batch
+from .prompts_lavit import Part, Prompt, as_batch
 from .tokens_lavit import LavitTokensMixin
 from .visual_tokens_lavit import LavitVisualTokens
 
@@ -144,9 +138,10 @@ class LavitPipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise ValueError("a safety_checker needs the feature_extractor that prepares its input")
-        if processor and model and processor.boi_token_id != model.config.vocabulary.boi_token_id:
+        boi_token_id = getattr(processor, "boi_token_id", None)
+        if processor and model and boi_token_id != model.config.vocabulary.boi_token_id:
             raise ValueError(
-                f"the processor's [IMG] has the id {processor.boi_token_id}, the model's is "
+                f"the processor's [IMG] has the id {boi_token_id}, the model's is "
                 f"{model.config.vocabulary.boi_token_id}: of different checkpoints, or tokenizer.json is missing"
             )
         self.register_modules(
@@ -175,13 +170,13 @@ class LavitPipeline(
                 "default_decoder_guidance_scale": default_decoder_guidance_scale,
             },
         )
-        self.default_size = None
+        self.vae_scale_factor: int | Any = detokenizer.config.vae_scale_factor if detokenizer else None
+        self.default_size: tuple[int, int] | Any = None  # without a pixel decoder
         if detokenizer and unet:
-            self.vae_scale_factor = detokenizer.config.vae_scale_factor
             sample_size = unet.config.sample_size
             height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
             self.default_size = (height * self.vae_scale_factor, width * self.vae_scale_factor)
-            self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor or 8)
         self._calls = RunningCalls()
 
     @property
@@ -214,22 +209,14 @@ class LavitPipeline(
         """
         # given by name they may be of any class; the base class compares theirs with one
         own = {name: pipeline.components[name] for name in ("unet", "vae") if name in pipeline.components}
-        return super().from_pipe(pipeline, **{**own, **kwargs})
+        return super().from_pipe(pipeline, **{**own, **kwargs})  # pyright: ignore[reportReturnType]
 
     def check_inputs(
         self,
         prompt: Prompt | None,
         visual_tokens: LavitVisualTokens | Sequence | None,
-        height: int | None,
-        width: int | None,
-        aspect_ratio: str | None,
         num_images_per_prompt: int,
-        num_inference_steps: int,
-        decoder_guidance_scale: float,
-        decoder_guidance_interval: tuple[float, float],
-        guidance_rescale: float,
         output_type: str,
-        callback_on_step_end_tensor_inputs: Sequence[str],
         token_kwargs: dict[str, Any],
     ):
         """Refuses arguments of a call that contradict each other or are out of range, before any model runs.
@@ -245,15 +232,8 @@ class LavitPipeline(
         if prompt is not None:
             check_components(self, "a prompt", "processor", "model")
         check_components(self, "an image", "detokenizer", "unet", "scheduler")
-        check_size(height, width, aspect_ratio, self.defaults.aspect_ratios, max(8, self.vae_scale_factor))
         check_count("num_images_per_prompt", num_images_per_prompt)
-        check_count("num_inference_steps", num_inference_steps)
-        check_scheduler(self.scheduler, num_inference_steps)
-        check_scale("decoder_guidance_scale", decoder_guidance_scale, "up to 1 means none")
-        check_scale("guidance_rescale", guidance_rescale, "0 means none")
-        check_interval(decoder_guidance_interval)
         check_output_type(output_type, self.vae)
-        check_tensor_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     @torch.no_grad()
     def __call__(
@@ -284,7 +264,7 @@ class LavitPipeline(
         num_candidates: int = 1,
         reranker: Reranker | None = None,
         **token_kwargs,
-    ) -> LavitPipelineOutput | tuple:
+    ) -> LavitPipelineOutput | Any:
         """Draws.
 
         Args:
@@ -306,91 +286,69 @@ class LavitPipeline(
                 a dict of the tensors that it changes, or None; or a `PipelineCallback` of diffusers. `pipe` is the
                 `StableDiffusionXLPipeline` that runs the loop of this call (`pipe._interrupt = True` stops it), which
                 has this pipeline's components too.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback is given.
+            num_candidates: images drawn for each one that is returned; above 1 it needs a `reranker`.
+            reranker: `reranker(images, texts)` gives a score for each pair, and the best candidate is kept; a CLIP
+                for example.
             token_kwargs: of `generate_visual_tokens`: `guidance_scale`, `negative_prompt`, `temperature`, `top_k`,
                 `top_p`, `max_image_tokens`, `reference_compat`, `callback_on_token`, ...
+
+        Returns:
+            A [`LavitPipelineOutput`]: images of all prompts, each prompt's together, and their visual tokens.
 
         Raises:
             ValueError: contradictory or unknown arguments, empty prompts, more visual tokens than can be decoded.
         """
-        defaults = self.defaults
-        if num_inference_steps is None:
-            num_inference_steps = defaults.num_inference_steps
-        if decoder_guidance_scale is None:
-            decoder_guidance_scale = defaults.decoder_guidance_scale
-        self.check_inputs(
-            prompt,
-            visual_tokens,
-            height,
-            width,
-            aspect_ratio,
-            num_images_per_prompt,
-            num_inference_steps,
-            decoder_guidance_scale,
-            decoder_guidance_interval,
-            guidance_rescale,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            token_kwargs,
+        self.check_inputs(prompt, visual_tokens, num_images_per_prompt, output_type, token_kwargs)
+        height, width = self.choose_size(height, width, aspect_ratio)
+        denoising = self.check_denoising(
+            num_inference_steps=num_inference_steps,
+            decoder_guidance_scale=decoder_guidance_scale,
+            decoder_guidance_interval=decoder_guidance_interval,
+            guidance_rescale=guidance_rescale,
+            cross_attention_kwargs=cross_attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            timesteps=timesteps,
+            sigmas=sigmas,
+            eta=eta,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
         )
         check_candidates(num_candidates, reranker, prompt, output_type)
         num_images_per_prompt *= num_candidates
+        prompts: list[list[Part]] = []
         if visual_tokens is not None:
             visual_tokens = as_visual_tokens(visual_tokens)
             num_images = len(visual_tokens.lengths) * num_images_per_prompt
         else:
-            prompt = as_batch(prompt)
-            num_images = len(prompt) * num_images_per_prompt
+            prompts = as_batch(prompt)
+            num_images = len(prompts) * num_images_per_prompt
         generator = as_generators(generator, num_images)
-        check_scale("eta", eta, "0 means none")
-        check_pair("original_size", original_size)
-        check_pair("crops_coords_top_left", crops_coords_top_left)
-        check_pair("target_size", target_size)
-        size = defaults.aspect_ratios[aspect_ratio] if aspect_ratio else self.default_size
-        height, width = height or size[0], width or size[1]
         if latents is not None:
             check_latents(latents, self.latents_shape(num_images, height, width))
 
-        with self._calls.begin(one_at_a_time=self._takes_turns) as call:
+        with self._calls.begin(one_at_a_time=self._takes_turns):
             if visual_tokens is None:
                 visual_tokens = self.generate_visual_tokens(
-                    prompt, num_images_per_prompt=num_images_per_prompt, generator=generator, **token_kwargs
+                    prompts, num_images_per_prompt=num_images_per_prompt, generator=generator, **token_kwargs
                 )
                 num_images_per_prompt = 1
             conditions, mask = self.encode_visual_tokens(visual_tokens, num_images_per_prompt)
             if latents is None:
                 latents = self.prepare_latents(num_images, height, width, generator)
-            # LoRA's scale is set in the UNet's layers for the time of a call
-            lock = self._calls.turn if getattr(self.unet, "peft_config", None) else None
-            unet = DecodingUNet(self.unet, num_images, mask, tuple(decoder_guidance_interval), lock)
-            denoiser = LavitDenoiser.of(self, call, unet)
-            latents = denoiser(
-                **conditions,
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                timesteps=timesteps,
-                sigmas=sigmas,
-                guidance_scale=decoder_guidance_scale,
-                guidance_rescale=guidance_rescale,
-                generator=generator,
-                eta=eta,
-                latents=latents,
-                original_size=original_size,
-                crops_coords_top_left=crops_coords_top_left,
-                target_size=target_size,
-                output_type="latent",
-                cross_attention_kwargs=cross_attention_kwargs,
-                callback_on_step_end=callback_on_step_end,
-                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            ).images
-            images, flags = latents, None
-            if output_type != "latent":
-                images, flags = self.run_safety_checker(self.decode_latents(latents))
-                images = self.image_processor.postprocess(images.float(), output_type=output_type)
+            latents = self.denoise(latents, conditions, mask, height, width, generator, **denoising)
+            images, flags = self.decode_images(latents, output_type)
             self.maybe_free_model_hooks()
         if reranker is not None:
             images, visual_tokens, flags = keep_best_candidates(
-                reranker, num_candidates, prompt, images, visual_tokens, flags
+                reranker,
+                num_candidates,
+                prompts,
+                images,  # pyright: ignore[reportArgumentType]
+                visual_tokens,
+                flags,
             )
         if not return_dict:
             return images, visual_tokens, flags

@@ -2,15 +2,18 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import diffusers
 
 from .atomic_lavit import replaced_together
-from .hub_lavit import AT_ROOT, INDEX
+from .hub_lavit import AT_ROOT, BLOCKS_CLASS, BLOCKS_CONFIG, INDEX, component_names
 from .pushing_lavit import README
 from .saving_lavit import (
     DIFFUSERS_CODE,
+    MODULAR_INDEX,
     PUSH_OPTIONS,
+    REPOSITORY,
     copy_own_class,
     file_of,
     is_ours,
@@ -33,7 +36,7 @@ TEXT_TO_IMAGE = {
 }
 
 
-class LavitSavingMixin:
+class LavitSavingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object):
     """Saves and uploads a pipeline as one folder."""
 
     def save_pretrained(
@@ -134,6 +137,7 @@ def write_pipeline(pipe, folder: Path) -> None:
     copy_own_class(type(pipe), folder)
     parameters = {name: value for name, value in pipe.config.items() if name not in index and not name.startswith("_")}
     write_json(folder / INDEX, {**index, **parameters})
+    write_modular_index(folder, index)
     is_whole = None not in (pipe.processor, pipe.model, pipe.detokenizer, pipe.unet, pipe.scheduler)
     at_root = filter(None, (pipe.components[name] for name in AT_ROOT))
     write_code(folder, *at_root, pipeline=TEXT_TO_IMAGE if is_whole else {})
@@ -142,6 +146,24 @@ def write_pipeline(pipe, folder: Path) -> None:
     for name, text in publisher.deploying().items() if is_whole else ():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_modular_index(folder: Path, index: dict) -> None:
+    """Writes what makes a folder one of diffusers' `ModularPipeline`, too.
+
+    Args:
+        index: of `model_index.json`: name -> [library, class] of the components.
+    """
+    parts = {}
+    for name, (library, class_name) in ((name, index[name]) for name in component_names(index)):
+        where = {"pretrained_model_name_or_path": REPOSITORY, "subfolder": "" if name in AT_ROOT else name}
+        where |= {"revision": None, "type_hint": [library, class_name], "variant": None}
+        parts[name] = [library, class_name, where]
+    versions = {"_diffusers_version": index["_diffusers_version"]}
+    named = {"_class_name": "ModularPipeline", "_blocks_class_name": BLOCKS_CLASS}
+    write_json(folder / MODULAR_INDEX, {**named, **versions, **parts})
+    auto_map = {"ModularPipelineBlocks": f"{DIFFUSERS_CODE}.{BLOCKS_CLASS}"}
+    write_json(folder / BLOCKS_CONFIG, {"_class_name": BLOCKS_CLASS, **versions, "auto_map": auto_map})
 
 
 def _library_of(component) -> str:

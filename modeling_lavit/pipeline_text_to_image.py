@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -41,7 +42,7 @@ class LavitTextToImagePipeline(Pipeline):
                 "text-to-image needs the folder or repository of the other components: pass it as `model`, "
                 "or use LavitPipeline with components"
             )
-        self.decoder = DiffusionPipeline.from_pretrained(
+        self.decoder: Any = DiffusionPipeline.from_pretrained(
             source,
             model=self.model,
             processor=self.processor,
@@ -64,12 +65,13 @@ class LavitTextToImagePipeline(Pipeline):
             iterator over them if it is a generator or a dataset.
         """
         if isinstance(prompt, Iterator | Dataset):
-            items = prompt if isinstance(prompt, Iterator) else (prompt[i] for i in range(len(prompt)))
+            size = 0 if isinstance(prompt, Iterator) else len(prompt)  # pyright: ignore[reportArgumentType]
+            items = prompt if isinstance(prompt, Iterator) else (prompt[i] for i in range(size))
             return (self(one, **kwargs) for one in items)
         prompts, is_batch = split_batch(prompt)
         # a dictionary is one item to the base class, so that the whole batch is drawn at once
         drawn = super().__call__({"prompts": prompts}, **kwargs)
-        return drawn if is_batch else drawn[0]
+        return drawn if is_batch else drawn[0]  # pyright: ignore[reportReturnType, reportOptionalSubscript]
 
     def _sanitize_parameters(self, **kwargs):
         return {}, kwargs, {}

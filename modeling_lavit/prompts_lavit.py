@@ -14,12 +14,12 @@ Part = str | Image.Image | os.PathLike | io.IOBase | bytes | dict
 Prompt = Part | Iterable[Part] | Iterable[Iterable[Part]]
 
 
-def as_batch(prompt: Prompt) -> list[list[Part]]:
+def as_batch(prompt: Prompt | None) -> list[list[Part]]:
     """One list of text and images for each prompt, see [`split_batch`]."""
     return split_batch(prompt)[0]
 
 
-def split_batch(prompt: Prompt) -> tuple[list[list[Part]], bool]:
+def split_batch(prompt: Prompt | None) -> tuple[list[list[Part]], bool]:
     """One list of text and images for each prompt, and whether a batch was given (a list of one string is one).
 
     A collection of strings (a list, tuple, array, column or series) is a batch, and so is one of collections; any
@@ -31,8 +31,9 @@ def split_batch(prompt: Prompt) -> tuple[list[list[Part]], bool]:
     parts = [prompt] if _is_part(prompt) else _as_list(prompt)
     if not parts:
         raise ValueError(f"prompt must be a string, an image or a non-empty list of them, got {prompt!r:.80}")
-    inner = [None if _is_part(part) else _as_list(part) for part in parts]
-    if all(one is not None for one in inner):
+    inner = [one for part in parts if not _is_part(part) and (one := _as_list(part)) is not None]
+    prompts: list[list[Any]]
+    if len(inner) == len(parts):
         prompts, batch = inner, True
     elif all(isinstance(part, str) for part in parts):
         prompts, batch = [[part] for part in parts], parts[0] is not prompt
@@ -71,7 +72,8 @@ def _as_list(value: Any) -> list | None:
         return value.tolist() if value.ndim == 1 and value.dtype.kind in "UO" else None
     if isinstance(value, Mapping) or not isinstance(value, Iterable) or hasattr(value, "dtype"):
         # of what has a dtype, series hold prompts, and tensors numbers
-        return value.to_list() if hasattr(value, "to_list") else None
+        to_list = getattr(value, "to_list", None)
+        return None if to_list is None else to_list()
     return list(value)
 
 

@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -29,6 +30,7 @@ def push_folder(
     *,
     make_card: Callable[[Path, str], str],
     merge_cards: Callable[[str, str], str],
+    named_files: Callable[[Path, str], dict[str, str]],
     commit_message: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -43,6 +45,7 @@ def push_folder(
         repo_id: "organisation/name".
         make_card: `make_card(folder, repo_id)` -> the README.
         merge_cards: `merge_cards(theirs, ours)` -> the README, where the repository has one.
+        named_files: `named_files(folder, repo_id)` -> further files that say the repository's name, path -> text.
         commit_message: "Upload LaVIT" by default.
         private: of a repository that is created: whether its owners alone see it.
         token: of the Hub; by default that of `hf auth login`.
@@ -67,28 +70,38 @@ def push_folder(
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            where = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message or "Upload LaVIT"}
-            card = make_card(Path(source), repo_id)
-            theirs = read_card(api, repo_id, revision)
-            card = card if theirs is None else merge_cards(theirs, card)
+            where: dict[str, Any] = {
+                "repo_id": repo_id,
+                "revision": revision,
+                "commit_message": commit_message or "Upload LaVIT",
+            }
+            folder = Path(source)
+            texts = {README: make_card(folder, repo_id), **named_files(folder, repo_id)}
+            theirs = {name: read_file(api, repo_id, name, revision) for name in texts}
+            if theirs[README] is not None:
+                texts[README] = merge_cards(theirs[README], texts[README])
             if source == temporary:
-                (Path(source) / README).write_text(card, encoding="utf-8")
-            file = Path(source) / README
-            ours = file.read_text(encoding="utf-8") if file.is_file() else None
-            ignored = IGNORED if card == ours else [*IGNORED, README]
-            commit = api.upload_folder(folder_path=source, create_pr=create_pr, ignore_patterns=ignored, **where)
-            if card not in (ours, theirs):
-                # the folder stays as it is, its card with the repository's name and edits does not
+                for name, text in texts.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+            ours = {name: (folder / name).read_text(encoding="utf-8") for name in texts if (folder / name).is_file()}
+            other = {name: text for name, text in texts.items() if text != ours.get(name)}
+            ignored = [*IGNORED, *other]
+            commit = api.upload_folder(folder_path=folder, create_pr=create_pr, ignore_patterns=ignored, **where)
+            changed = {name: text for name, text in other.items() if text != theirs[name]}
+            if changed:
+                # the folder stays as it is, what says the repository's name does not, nor its card with edits
                 where["revision"] = commit.pr_revision or revision
-                api.upload_file(path_or_fileobj=card.encode(), path_in_repo=README, **where)
+                api.create_commit(
+                    operations=[CommitOperationAdd(name, text.encode()) for name, text in changed.items()], **where
+                )
     return commit.pr_url or commit.commit_url
 
 
-def read_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:
-    """The README of a repository, if it has one."""
+def read_file(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
+    """The text of a file in a repository, if there is one."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            path = api.hf_hub_download(repo_id, README, revision=revision, local_dir=folder)
+            path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
             return Path(path).read_text(encoding="utf-8")
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
@@ -126,6 +139,6 @@ def _reason(error: HfHubHTTPError) -> str:
         429: "too many requests: try again later",
         507: "there is no space left on the account",
     }
-    reason = reasons.get(status, f"the Hub answers {status}")
+    reason = reasons.get(status or 0, f"the Hub answers {status}")
     said = " ".join((error.server_message or "").split())
     return f"{reason} (it says: {said})" if said else reason

@@ -36,8 +36,9 @@ FAMILIES = (
     {"LavitImageProcessor": ("AutoImageProcessor",)},
     {"LavitProcessor": ("AutoProcessor",)},
 )
-# in examples of a card, until the repository has a name
+# in examples of a card, and in the index of diffusers' modular pipelines, until the repository has a name
 REPOSITORY = "ORGANISATION/NAME"
+MODULAR_INDEX = "modular_model_index.json"
 PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
 
 
@@ -56,9 +57,9 @@ class SavedWithCodeMixin:
         options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs} if push_to_hub else {}
         if kwargs.get("distributed_checkpoint") or kwargs.get("is_main_process") is False:
             # all processes write into one folder
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            return super().save_pretrained(save_directory, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         with replaced_together(save_directory) as folder:
-            saved = super().save_pretrained(folder, *args, **kwargs)
+            saved = super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             self.save_extra_files(folder)
             if not is_stage(Path(save_directory).absolute()):
                 write_code(folder, self)
@@ -154,6 +155,17 @@ def make_card(folder: Path, tags: list[str] | None, place: Path, repository: str
     return publisher.merge_cards(there.read_text(encoding="utf-8"), card) if there.is_file() else card
 
 
+def named_files(folder: Path, repository: str) -> dict[str, str]:
+    """Files that say where the components of diffusers' `ModularPipeline` are to be loaded from."""
+    if not (folder / MODULAR_INDEX).is_file():
+        return {}
+    index = json.loads((folder / MODULAR_INDEX).read_text(encoding="utf-8"))
+    for part in index.values():
+        if isinstance(part, list) and part[-1].get("pretrained_model_name_or_path") == REPOSITORY:
+            part[-1]["pretrained_model_name_or_path"] = repository
+    return {MODULAR_INDEX: as_json(index)}
+
+
 def upload(
     source: str | os.PathLike | Callable[[Path], object], repo_id: str, tags: list[str] | None = None, **options
 ) -> str:
@@ -163,6 +175,7 @@ def upload(
         repo_id,
         make_card=lambda folder, repository: make_card(folder, tags, folder, repository),
         merge_cards=publisher.merge_cards,
+        named_files=named_files,
         **options,
     )
 
@@ -209,8 +222,8 @@ def find_auto_map(saved) -> dict[str, str]:
             if names & family.keys() and not auto_map:
                 auto_map = {auto: f"{TRANSFORMERS_CODE}.{name}" for name, autos in family.items() for auto in autos}
             autos = [auto for name in names & family.keys() for auto in family[name]]
-            if not is_ours(cls) and file_of(cls):
-                auto_map |= {auto: f"{file_of(cls).stem}.{cls.__name__}" for auto in autos}
+            if not is_ours(cls) and (file := file_of(cls)):
+                auto_map |= {auto: f"{file.stem}.{cls.__name__}" for auto in autos}
     return auto_map
 
 
@@ -253,7 +266,11 @@ def edit_json(path: Path, edit: Callable[[dict], None]) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file as the libraries do."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(as_json(content), encoding="utf-8")
+
+
+def as_json(content: dict) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def name_model(config: dict, auto_map: dict, pipeline: dict | None) -> None:

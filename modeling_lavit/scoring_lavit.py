@@ -1,29 +1,37 @@
 """How probable given texts or images are behind prompts: for ranking answers, retrieval, and harnesses.
 
-B prompts, T continuations, P positions of the filled prompts, V ids.
+B prompts, T continuations, P positions of the filled prompts, V ids. Ids and masks are int64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .compat_lavit import CACHE_NAME
 from .filling_lavit import LavitPrompt, begin_images, fill_prompt
 from .slots_lavit import pad
+from .visual_tokens_lavit import LavitVisualTokens
 
 
-Ids = Sequence[int] | torch.LongTensor
+Ids = Sequence[int] | torch.Tensor
 
 
-class LavitScoringMixin:
+class LavitScoringMixin(PreTrainedModel if TYPE_CHECKING else object):
     """Adds [`score`] to a model that generates."""
+
+    model: Any  # a LavitModel
+    get_image_tokens: Callable[..., LavitVisualTokens]
+    _compute_logits: Callable[..., torch.Tensor]
+    _on_device: Callable[[torch.Tensor | None], torch.Tensor | None]
 
     @torch.no_grad()
     def score(
         self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.LongTensor | None = None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         *,
         continuations: Sequence[Ids] | Sequence[Sequence[Ids]] | None = None,
@@ -65,9 +73,9 @@ class LavitScoringMixin:
         """
         if (continuations is None) == (continuation_images is None):
             raise ValueError("give either continuations, ids of texts, or continuation_images")
-        tensors = (self._on_device(tensor) for tensor in (input_ids, attention_mask, pixel_values))
-        prompt, drawing = LavitPrompt(*tensors, selection), continuation_images is not None
-        if drawing:
+        move, drawing = self._on_device, continuation_images is not None
+        prompt = LavitPrompt(move(input_ids), move(attention_mask), move(pixel_values), selection)
+        if continuation_images is not None:
             continuations = self._image_ids(continuation_images, selection)
             prompt = begin_images(prompt, self.config.vocabulary, 0)
         own = [self._as_ids(texts) for texts in self._per_prompt(continuations, len(input_ids))]
@@ -82,20 +90,20 @@ class LavitScoringMixin:
             scores, greedy = torch.stack(scores), torch.stack(greedy)
         return (scores, greedy) if return_greedy else scores
 
-    def _image_ids(self, pixel_values: torch.Tensor, selection: dict) -> list[torch.LongTensor]:
+    def _image_ids(self, pixel_values: torch.Tensor, selection: dict) -> list[torch.Tensor]:
         """The images' code ids, `[/IMG]` behind each."""
         tokens = self.get_image_tokens(self._on_device(pixel_values), **selection)
         end = tokens.codes.new_tensor([self.config.vocabulary.eoi_token_id])
         return [torch.cat([self.config.vocabulary.ids_of(codes), end]) for codes in tokens.split()]
 
-    def _per_prompt(self, continuations: Sequence, prompts: int) -> list[Sequence[Ids]]:
+    def _per_prompt(self, continuations: Any, prompts: int) -> list[Sequence[Ids]]:
         if not _is_nested(continuations):
             return [continuations] * prompts
         if len(continuations) != prompts:
             raise ValueError(f"{len(continuations)} lists of continuations were given for {prompts} prompts")
         return list(continuations)
 
-    def _as_ids(self, texts: Sequence[Ids]) -> list[torch.LongTensor]:
+    def _as_ids(self, texts: Sequence[Ids]) -> list[torch.Tensor]:
         rows = [torch.as_tensor(ids, dtype=torch.long, device=self.device) for ids in texts]
         for i, row in enumerate(rows):
             if row.ndim != 1 or not len(row):
@@ -108,7 +116,7 @@ class LavitScoringMixin:
         return rows
 
     def _score_part(
-        self, prompt: LavitPrompt, texts: list[list[torch.LongTensor]], batch_size: int, discrete: bool
+        self, prompt: LavitPrompt, texts: list[list[torch.Tensor]], batch_size: int, discrete: bool
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Log-likelihoods (T_i,) and greediness (T_i,) of each prompt's texts: the language model reads the prompts
         once, then every continuation behind its cache."""
@@ -148,7 +156,7 @@ class LavitScoringMixin:
         return list(zip(torch.cat(likelihoods).split(counts), torch.cat(greedy).split(counts), strict=True))
 
 
-def _is_nested(continuations: Sequence) -> bool:
+def _is_nested(continuations: Any) -> bool:
     """Whether there is a list of continuations for each prompt, instead of one for all."""
     if isinstance(continuations, torch.Tensor):
         return continuations.ndim == 3
@@ -158,16 +166,16 @@ def _is_nested(continuations: Sequence) -> bool:
 
 def _rows_of(prompt: LavitPrompt, rows: range, vocabulary) -> LavitPrompt:
     """Some of the prompts, with their images."""
-    if len(rows) == len(prompt.input_ids):
+    if len(rows) == len(prompt.ids):
         return prompt
     parts = prompt.split(vocabulary)[rows.start : rows.stop]
     images = [part.pixel_values for part in parts if part.pixel_values is not None]
     chosen = slice(rows.start, rows.stop)
     mask = None if prompt.attention_mask is None else prompt.attention_mask[chosen]
-    return LavitPrompt(prompt.input_ids[chosen], mask, torch.cat(images) if images else None, prompt.selection)
+    return LavitPrompt(prompt.ids[chosen], mask, torch.cat(images) if images else None, prompt.selection)
 
 
-def _selected(cache, index: torch.LongTensor) -> DynamicCache:
+def _selected(cache, index: torch.Tensor) -> DynamicCache:
     """A cache of some rows of another, which stays as it is."""
     selected = DynamicCache()
     for i, layer in enumerate(cache.layers):

@@ -1,9 +1,11 @@
 """Prompts as ragged rows: taking the padding off, filling image slots, padding again.
 
 A slot is an adjacent `[IMG][/IMG]` pair: the place of an image that is given as pixels.
+Ids, masks and positions are int64.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,8 +23,8 @@ class LavitPositions:
         mask: (B, P), the attention mask of the filled prompts.
     """
 
-    own: torch.LongTensor
-    mask: torch.LongTensor
+    own: torch.Tensor
+    mask: torch.Tensor
 
     def resized(self, length: int) -> "LavitPositions":
         """With the ids that were written behind, one position each, up to `length` positions; or without those that
@@ -59,9 +61,14 @@ def positions_of(cache) -> LavitPositions | None:
     return positions.resized(cache.get_seq_length()).repeated(rows)
 
 
+def tell_positions(cache: Any, positions: LavitPositions | None) -> None:
+    """Leaves with a cache what [`positions_of`] reads."""
+    cache.lavit_positions = positions
+
+
 def locate(
     rows: list[torch.Tensor], slots: list[list[int]], lengths: list[int], attention_mask: torch.Tensor, side: str
-) -> tuple[torch.LongTensor, torch.LongTensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Where ids stand once their slots are filled and the rows padded again.
 
     Args:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
         super().__init__(*args, **kwargs)
         narrow = self.conv_in
         map_channels = narrow.out_channels // 2
-        self.condition_map = torch.nn.Linear(self.config.cross_attention_dim, map_channels)
+        self.condition_map = torch.nn.Linear(self.config["cross_attention_dim"], map_channels)
         self.conv_in = torch.nn.Conv2d(
             narrow.in_channels + map_channels, narrow.out_channels, narrow.kernel_size, padding=narrow.padding
         )
@@ -37,6 +38,9 @@ class LavitUNet2DConditionModel(UNet2DConditionModel):
             sample: (B, C, h, w).
             encoder_hidden_states: (B, N, cross_attention_dim), N a square number.
             timestep, args, kwargs: as in `UNet2DConditionModel`.
+
+        Raises:
+            ValueError: the number of conditions is not a square.
         """
         patches = encoder_hidden_states.shape[1]
         side = math.isqrt(patches)
@@ -58,8 +62,11 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     Args:
         patch_size: side of a patch in pixels, a power of two.
         latent_channels: number of components kept.
-        scaling_factor: as in `AutoencoderKL`: what a pipeline multiplies latents with.
+        scaling_factor: as in `AutoencoderKL`: the factor by which a pipeline multiplies latents.
         block_out_channels: tells pipelines the downsampling factor `2 ** (len - 1)`, as in `AutoencoderKL`.
+
+    Raises:
+        ValueError: `block_out_channels` and `patch_size` say different factors.
     """
 
     _supports_gradient_checkpointing = False
@@ -88,17 +95,17 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def fit(self, images: torch.Tensor) -> float:
         """Principal components of the patches of `images` (B, 3, S, S) in [-1, 1]; returns the share kept."""
-        patches = F.pixel_unshuffle(images, self.config.patch_size).movedim(1, -1).flatten(0, -2).double()
+        patches = F.pixel_unshuffle(images, self.config["patch_size"]).movedim(1, -1).flatten(0, -2).double()
         covariance = torch.cov(patches.T)
         values, vectors = torch.linalg.eigh(covariance)
         self.mean.copy_(patches.mean(0))
-        self.components.copy_(vectors.flip(1)[:, : self.config.latent_channels].T)
-        return float(values.flip(0)[: self.config.latent_channels].sum() / values.sum())
+        self.components.copy_(vectors.flip(1)[:, : self.config["latent_channels"]].T)
+        return float(values.flip(0)[: self.config["latent_channels"]].sum() / values.sum())
 
     @apply_forward_hook
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | Any:
         """Images (B, 3, S, S) in [-1, 1] to a distribution without spread over (B, latent_channels, S/p, S/p)."""
-        latents = self._piecewise(self._encode, x, self.config.patch_size * self.tile_latent_min_size)
+        latents = self._piecewise(self._encode, x, self.config["patch_size"] * self.tile_latent_min_size)
         posterior = DiagonalGaussianDistribution(
             torch.cat([latents, torch.zeros_like(latents)], 1), deterministic=True
         )
@@ -107,18 +114,18 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
-    ) -> DecoderOutput | tuple:
+    ) -> DecoderOutput | Any:
         """Latents (B, latent_channels, h, w) to images (B, 3, h·p, w·p)."""
         sample = self._piecewise(self._decode, z, self.tile_latent_min_size)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
-        patches = F.pixel_unshuffle(x, self.config.patch_size) - self.mean[:, None, None]
+        patches = F.pixel_unshuffle(x, self.config["patch_size"]) - self.mean[:, None, None]
         return torch.einsum("bchw,kc->bkhw", patches, self.components)
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
         patches = torch.einsum("bkhw,kc->bchw", z, self.components) + self.mean[:, None, None]
-        return F.pixel_shuffle(patches, self.config.patch_size)
+        return F.pixel_shuffle(patches, self.config["patch_size"])
 
     def _piecewise(self, compute, values: torch.Tensor, band: int) -> torch.Tensor:
         """`compute` on the images one by one, and on bands of so many rows, as slicing and tiling ask for it."""
@@ -126,5 +133,5 @@ class LavitPatchAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         bands = [image.split(band, dim=2) if self.use_tiling else [image] for image in images]
         return torch.cat([torch.cat([compute(part) for part in parts], dim=2) for parts in bands])
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | Any:
         return self.decode(self.encode(sample).latent_dist.mode(), return_dict=return_dict)

@@ -1,19 +1,24 @@
 """The first stage of [`LavitPipeline`]: prompts to visual tokens, by the language model, or images themselves."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .checks_lavit import as_generators, check_components, check_count, check_names, check_scale
+from .defaults_lavit import LavitDefaults
 from .denoising_lavit import TokenObserver
 from .prompts_lavit import Part, Prompt, as_batch, as_negative_texts
 from .visual_tokens_lavit import LavitVisualTokens
 
 
-class LavitTokensMixin:
+class LavitTokensMixin(DiffusionPipeline if TYPE_CHECKING else object):
     """What the language model and its visual tokenizer do for a pipeline."""
+
+    defaults: LavitDefaults
+    __call__: Callable[..., Any]
 
     @torch.no_grad()
     def generate_visual_tokens(
@@ -84,7 +89,7 @@ class LavitTokensMixin:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         device = self._execution_device
         running = self._calls.begin(one_at_a_time=self._takes_turns, join=True)
-        with running as call, self.progress_bar(total=max_image_tokens + 1) as progress_bar:
+        with running as call, self.progress_bar(total=max_image_tokens + 1) as progress_bar:  # pyright: ignore[reportCallIssue]
             progress_bar.set_description("visual tokens")
             observer = TokenObserver(progress_bar, call, callback_on_token)
             ids = _generate(
@@ -109,6 +114,39 @@ class LavitTokensMixin:
         return LavitVisualTokens(codes=vocabulary.codes_of(ids[is_code]), lengths=lengths)
 
     @torch.no_grad()
+    def tokenize(
+        self,
+        image: Part | list[Part],
+        selection: str | None = None,
+        keep_ratio: float | None = None,
+        keep: float | int | str | None = None,
+        target_quality: float | None = None,
+        reference_compat: bool = False,
+    ) -> LavitVisualTokens:
+        """Images to visual tokens.
+
+        Args:
+            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
+            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
+                see [`LavitVisualTokenizer.select`].
+            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
+        """
+        if isinstance(image, list | tuple) and not image:
+            raise ValueError("image is an empty list: give one image or more")
+        check_components(self, "an image to tokenize", "processor", "model")
+        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
+        pixel_values = prepared.pixel_values.to(self._execution_device)
+        with self._calls.begin(one_at_a_time=self._takes_turns, join=True):
+            return _tokenize_images(
+                self.model,
+                pixel_values,
+                selection=selection,
+                keep_ratio=keep_ratio,
+                keep=keep,
+                target_quality=target_quality,
+                detokenizer=self.detokenizer,
+            )
+
     def reconstruct(
         self,
         image: Part | list[Part],
@@ -122,27 +160,11 @@ class LavitTokensMixin:
         """Images to visual tokens and back: what the tokens keep.
 
         Args:
-            image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
-                see [`LavitVisualTokenizer.select`].
-            reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
+            image, selection, keep_ratio, keep, target_quality, reference_compat: of [`tokenize`].
             decode_kwargs: of a call with `visual_tokens`, whose result is returned.
         """
-        if isinstance(image, list | tuple) and not image:
-            raise ValueError("image is an empty list: give one image or more")
-        check_components(self, "an image to reconstruct", "processor", "model")
-        prepared = self.processor.image_processor(image, reference_compat=reference_compat, return_tensors="pt")
-        pixel_values = prepared.pixel_values.to(self._execution_device)
         with self._calls.begin(one_at_a_time=self._takes_turns):
-            visual_tokens = _tokenize_images(
-                self.model,
-                pixel_values,
-                selection=selection,
-                keep_ratio=keep_ratio,
-                keep=keep,
-                target_quality=target_quality,
-                detokenizer=self.detokenizer,
-            )
+            visual_tokens = self.tokenize(image, selection, keep_ratio, keep, target_quality, reference_compat)
             return self(visual_tokens=visual_tokens, **decode_kwargs)
 
     def _guidance_scales(self, prompts: list[list[Part]], given: Any) -> list[float]:
@@ -194,7 +216,7 @@ class LavitTokensMixin:
 
 
 @apply_forward_hook
-def _generate(model, **kwargs) -> torch.LongTensor:
+def _generate(model, **kwargs) -> torch.Tensor:
     return model.generate(**kwargs)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .configuration_lavit import LavitConfig
-from .modeling_lavit_visual_tokenizer import LavitTokenMerger, LavitVisualTokenizer
+from .modeling_lavit_visual_tokenizer import LavitTokenMerger
 
 
 @dataclass
@@ -18,14 +18,14 @@ class LavitImageFeatures(ModelOutput):
         last_hidden_state: (images, N, C), the encoder's features of all patches.
         pooler_output: what the language model reads of each image, (n, E) each.
         hidden_states, attentions: of the encoder, where they were asked for.
-        lengths: (images,), n of each.
+        lengths: (images,) int64, n of each.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    pooler_output: tuple[torch.Tensor, ...] = None  # pyright: ignore[reportAssignmentType]
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    lengths: torch.LongTensor | None = None
+    lengths: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
 
 
 class LavitUnderstanding(nn.Module):
@@ -39,16 +39,13 @@ class LavitUnderstanding(nn.Module):
         self.merger = None if config.share_understanding_merger else LavitTokenMerger(config.visual_config)
         self.projection = nn.Linear(config.visual_config.hidden_size, config.text_config.hidden_size)
 
-    def forward(
-        self, visual_tokenizer: LavitVisualTokenizer, pixel_values: torch.Tensor, **options
-    ) -> LavitImageFeatures:
-        """(B, 3, H, W) normalised pixels. `options`: see `LavitVisualTokenizer.encode`."""
-        encoded = visual_tokenizer.encode(pixel_values, merger=self.merger, **options)
-        projected = self.projection(encoded.features.to(self.projection.weight.dtype))
-        return LavitImageFeatures(
-            last_hidden_state=encoded.last_hidden_state,
-            pooler_output=projected.split(encoded.lengths.tolist()),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            lengths=encoded.lengths,
-        )
+    def forward(self, features: torch.Tensor, keep_mask: torch.BoolTensor | None = None) -> torch.Tensor:
+        """(sum of kept, E), image after image.
+
+        Args:
+            features: (B, N, C) of the encoder, or (sum of kept, C) merged already where the merger is shared.
+            keep_mask: (B, N), which patches are kept; for a merger of its own.
+        """
+        if self.merger is not None:
+            features = self.merger(features, keep_mask)
+        return self.projection(features.to(self.projection.weight.dtype))

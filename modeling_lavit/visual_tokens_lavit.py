@@ -7,6 +7,9 @@ import torch
 from transformers.utils import ModelOutput
 
 
+# `ModelOutput` wants None as the default of all fields, also of those that are always there
+
+
 @dataclass
 class LavitVisualTokens(ModelOutput):
     """Discrete visual tokens of a batch of images.
@@ -19,20 +22,20 @@ class LavitVisualTokens(ModelOutput):
         hidden_states, attentions: of the encoder's layers, where they were asked for.
     """
 
-    codes: torch.LongTensor | None = None
-    lengths: torch.LongTensor | None = None
-    keep_mask: torch.BoolTensor | None = None
-    keep_logprobs: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    codes: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    lengths: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    keep_mask: torch.Tensor | None = None
+    keep_logprobs: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
-    def split(self) -> tuple[torch.LongTensor, ...]:
+    def split(self) -> tuple[torch.Tensor, ...]:
         """The codes of each image, a 1-D tensor each."""
         return self.codes.split(self.lengths.tolist())
 
     @classmethod
-    def join(cls, rows: Sequence[torch.LongTensor]) -> "LavitVisualTokens":
-        """The opposite of [`split`]: from the codes of each image.
+    def join(cls, rows: Sequence[torch.Tensor]) -> "LavitVisualTokens":
+        """The inverse of [`split`]: from a 1-D tensor of codes for each image.
 
         Raises:
             ValueError: there is no row, or one is not 1-D, has no codes, or holds no integers.
@@ -58,14 +61,14 @@ class LavitVisualFeatures(ModelOutput):
         hidden_states, attentions: of the encoder's layers, where they were asked for.
     """
 
-    features: torch.FloatTensor | None = None
-    lengths: torch.LongTensor | None = None
-    keep_mask: torch.BoolTensor | None = None
-    keep_logprobs: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    features: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    lengths: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    keep_mask: torch.Tensor | None = None
+    keep_logprobs: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
-    def split(self) -> tuple[torch.FloatTensor, ...]:
+    def split(self) -> tuple[torch.Tensor, ...]:
         """The features of each image, (n, C) each."""
         return self.features.split(self.lengths.tolist())

@@ -69,6 +69,9 @@ DEFAULT_CHAT_TEMPLATE = """\
 class LavitChatMixin(ProcessorMixin):
     """Needs `tokenizer`, `chat_template`, `image_token` and `generation_mode`."""
 
+    generation_mode: str
+    image_token: str
+
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs):
         """As in every processor of transformers, with images in content blocks (`image`, `url`, `path` or `base64`).
 
@@ -105,9 +108,11 @@ class LavitChatMixin(ProcessorMixin):
         if is_batch and not {"padding", "return_tensors"} & {*kwargs, *processor_kwargs}:
             processor_kwargs |= {"padding": False, "return_tensors": None}
 
-        template = self.chat_template if chat_template is None else chat_template
-        if isinstance(self.chat_template, dict):
-            template = self.chat_template.get(chat_template or "default", chat_template or "")
+        own = self.chat_template
+        if isinstance(own, dict):
+            template = own.get(chat_template or "default", chat_template or "")
+        else:
+            template = (own if chat_template is None else chat_template) or ""
         if "generation_mode" in template:
             kwargs["generation_mode"] = processor_kwargs["generation_mode"]
         if kwargs.get("tokenize"):

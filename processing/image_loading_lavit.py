@@ -269,9 +269,10 @@ def _open(name: str, file: Path | io.BytesIO, max_image_pixels: int) -> Image.Im
         check_pixel_count(name, width, height, max_image_pixels)
     with _decoding(name):
         image = Image.open(file)
-        is_tiled = image.format == "TIFF" and all(tag in image.tag_v2 for tag in TIFF_TILE_SIZE)
-        tile = tuple(int(image.tag_v2[tag]) for tag in TIFF_TILE_SIZE) if is_tiled else image.size
-    check_pixel_count(f"a tile of {name}" if is_tiled else name, *tile, max_image_pixels)
+        tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+        is_tiled = all(tag in tags for tag in TIFF_TILE_SIZE)
+        width, height = (int(tags[tag]) for tag in TIFF_TILE_SIZE) if is_tiled else image.size
+    check_pixel_count(f"a tile of {name}" if is_tiled else name, width, height, max_image_pixels)
     return image
 
 
@@ -282,12 +283,13 @@ def _sizes_inside(file: Path | io.BytesIO) -> list[tuple[int, int]]:
         head = opened.read(30)
         opened.seek(0)
         if head[8:16] == b"WEBPVP8X" and len(head) == 30:
-            return [tuple(int.from_bytes(head[start : start + 3], "little") + 1 for start in (24, 27))]
+            width, height = (int.from_bytes(head[start : start + 3], "little") + 1 for start in (24, 27))
+            return [(width, height)]
         if head.startswith((b"\0\0\1\0", b"icns")):
             return list(_sizes_of_files_in(opened.read()))
         return []
     finally:
-        opened.close() if opened is not file else file.seek(0)
+        opened.close() if isinstance(file, Path) else file.seek(0)
 
 
 def _sizes_of_files_in(container: bytes) -> Iterator[tuple[int, int]]:
@@ -332,7 +334,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(grey_to_uint8(np.asarray(image), white_points)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        # None with `inPlace` alone
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")  # pyright: ignore[reportReturnType]
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:

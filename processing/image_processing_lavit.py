@@ -47,13 +47,14 @@ class LavitImageProcessor(SavedWithCodeMixin, PilBackend):
     - Other integers, signed or wide: 8-bit values where none exceeds 255, else 0 to the largest value of the dtype.
       Values above 255 that stay below 1/256 of the dtype's range are refused.
     - Floats 0 to 255, or 0 to 1 with `do_rescale=False`. What exceeds that a little, as the overshoot of a resize
-      does, is clipped. With `do_rescale=True` a maximum of at most 2 is refused: it is no 0 to 255 image, and 0 to 1
-      would be divided by 255 a second time.
+      does, is clipped. With `do_rescale=True` a maximum of at most 2 is refused: such an image ranges from 0 to 1, and
+      would be divided by 255 once more.
 
     Several images are a list, a tuple, a column of datasets, an array of objects, an iterator, or a 4-D array.
 
     Raises:
-        ValueError: not an image, truncated, without pixels, with too many pixels, NaN, out of range, ambiguous.
+        ValueError: what is given is no image, or is truncated; it has no pixels or too many; values are NaN or out of
+            range; or its dimensions are ambiguous.
     """
 
     valid_kwargs = LavitImageProcessorKwargs

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers.processing_utils import ProcessorMixin
 
+from modeling_lavit.vocabulary_lavit import LavitVocabulary
+
 
 GENERATION_MODES = ("text", "image", "interleaved")
 ABBREVIATION = re.compile(
@@ -16,7 +18,13 @@ ABBREVIATION = re.compile(
 
 
 class LavitPostProcessingMixin(ProcessorMixin):
-    """Needs `tokenizer`, `image_token`, `boi_token_id`, `eoi_token_id`, `visual_offset` and `vocabulary`."""
+    """Needs `tokenizer` and what follows."""
+
+    image_token: str
+    boi_token_id: int
+    eoi_token_id: int
+    visual_offset: int
+    vocabulary: LavitVocabulary
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
         """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
@@ -37,7 +45,8 @@ class LavitPostProcessingMixin(ProcessorMixin):
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs) -> list[str]:
         """[`decode`] of several rows."""
-        return [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+        texts: list[Any] = [self.decode(row, skip_special_tokens=skip_special_tokens, **kwargs) for row in sequences]
+        return texts
 
     def _decode_with_marks(self, ids: list[int], **kwargs) -> str:
         text, start = "", 0
@@ -241,7 +250,7 @@ def _first_sentence(text: str) -> str:
 
 def _lemmatize(answers: list[str]) -> list[str]:
     try:
-        import spacy
+        import spacy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             "lemmatize=True needs spaCy: pip install spacy, then spacy download en_core_web_sm"

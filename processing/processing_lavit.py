@@ -31,7 +31,8 @@ SUPPORTED_TEXT_KWARGS = {
 
 
 class LavitProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {}  # noqa: RUF012  versions of transformers below 5.21.1 read it
+    # versions of transformers below 5.21.1 read it
+    _defaults = {}  # noqa: RUF012  # pyright: ignore[reportGeneralTypeIssues]
 
     images_kwargs: LavitImageProcessorKwargs
 
@@ -61,17 +62,20 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             (`extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"}`). The id of code `k` is
             `eoi_token_id + 1 + k`.
         chat_template: Jinja; by default a question-and-answer prompt.
-        codebook_size: number of codes; codes above it are refused where it is known.
+        codebook_size: number of codes; where it is known, codes outside it are refused.
+
+    Raises:
+        ValueError: the tokenizer has no `[IMG]` and `[/IMG]` with adjacent ids.
     """
 
     valid_processor_kwargs = LavitProcessorKwargs
-    text_kwargs: ClassVar = {
+    text_kwargs: ClassVar[dict[str, Any]] = {
         "padding": True,
         "padding_side": "left",
         "return_tensors": "pt",
         "split_special_tokens": True,
     }
-    images_kwargs: ClassVar = {"return_tensors": "pt"}
+    images_kwargs: ClassVar[dict[str, Any]] = {"return_tensors": "pt"}
     generation_mode = "text"
     reference_compat = False
     image_token = "<image>"
@@ -79,17 +83,17 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
     def __init__(self, image_processor, tokenizer, chat_template: str | None = None, codebook_size: int | None = None):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
         self.codebook_size = codebook_size
-        self.boi_token_id = getattr(tokenizer, "boi_token_id", None)
-        self.eoi_token_id = getattr(tokenizer, "eoi_token_id", None)
-        if self.boi_token_id is None or self.eoi_token_id != self.boi_token_id + 1:
+        boi_token_id, eoi_token_id = (getattr(tokenizer, name, None) for name in ("boi_token_id", "eoi_token_id"))
+        if boi_token_id is None or eoi_token_id is None or eoi_token_id != boi_token_id + 1:
             raise ValueError(
                 "the tokenizer needs [IMG] and [/IMG] with adjacent ids above its text: load it with "
                 'extra_special_tokens={"boi_token": "[IMG]", "eoi_token": "[/IMG]"} '
-                f"(boi_token_id is {self.boi_token_id}, eoi_token_id is {self.eoi_token_id})"
+                f"(boi_token_id is {boi_token_id}, eoi_token_id is {eoi_token_id})"
             )
+        self.boi_token_id, self.eoi_token_id = boi_token_id, eoi_token_id
         self.visual_offset = self.vocabulary.visual_offset
         self.image_token_id = self.boi_token_id
-        self.image_token_ids = [self.boi_token_id, self.eoi_token_id]
+        self.image_token_ids: list[int] = [self.boi_token_id, self.eoi_token_id]
 
     @property
     def vocabulary(self) -> LavitVocabulary:
@@ -132,20 +136,22 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             given, and `mm_token_type_ids` (batch, length), 1 for ids of images, on request.
 
         Raises:
-            ValueError: marks and images disagree, a prompt is empty or longer than the context, codes out of range,
-                images that cannot be read, unknown mode, arguments that are not supported.
+            ValueError: marks and images do not match, a prompt is empty or longer than the context, codes are out of
+                range, an image cannot be read, the mode is unknown, or an argument is not supported.
         """
-        mode = kwargs.pop("generation_mode", None) or self.generation_mode
-        reference_compat = kwargs.pop("reference_compat", None) or self.reference_compat
-        if any(kwargs.pop(name, None) is not None for name in ("videos", "audio")):
+        given: dict[str, Any] = {**kwargs}
+        mode = given.pop("generation_mode", None) or self.generation_mode
+        reference_compat = given.pop("reference_compat", None) or self.reference_compat
+        if any(given.pop(name, None) is not None for name in ("videos", "audio")):
             raise ValueError("LavitProcessor takes text and images, neither videos nor audio")
-        split_special_tokens = kwargs.pop("split_special_tokens", self.text_kwargs["split_special_tokens"])
-        merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
+        split_special_tokens = given.pop("split_special_tokens", self.text_kwargs["split_special_tokens"])
+        # it wants the class
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **given)  # pyright: ignore[reportArgumentType]
         # again the class's own: versions of transformers below 5.21.1 do not read them
         text_kwargs = {**self.text_kwargs, **merged["text_kwargs"], "split_special_tokens": split_special_tokens}
         images_kwargs = {**self.images_kwargs, **merged["images_kwargs"]}
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
-            text_kwargs[name] = kwargs.get(name) or text_kwargs.get(name)
+            text_kwargs[name] = given.get(name) or text_kwargs.get(name)
         _check_call(images, text, visual_tokens, mode, text_kwargs)
         text = None if text is None else _as_prompts(text)
 
@@ -165,7 +171,7 @@ class LavitProcessor(LavitChatMixin, LavitPostProcessingMixin, SavedWithCodeMixi
             pixel_values = self.image_processor([image for group in groups for image in group], **images_kwargs)
             groups = [[self.image_token_ids] * len(group) for group in groups]
         else:
-            prompts, groups = self._match([[] for _ in text], text, marks_optional=False)
+            prompts, groups = self._match([[] for _ in text or ()], text, marks_optional=False)
 
         encoded = [
             self._encode(prompt, group, i, mode, text_kwargs)

@@ -4,8 +4,19 @@ import copy
 
 import pytest
 import torch
-from tiny import BOI, CODE, EOI, left_padded, right_padded, seeded, tiny_images, tiny_model
-from transformers import DynamicCache, LogitsProcessor
+from tiny import (
+    BOI,
+    CODE,
+    EOI,
+    left_padded,
+    right_padded,
+    seeded,
+    tiny_images,
+    tiny_model,
+    tiny_text_config,
+    tiny_tokenizer,
+)
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor
 
 from modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.compat_lavit import CACHE_NAME
@@ -146,6 +157,46 @@ def test_a_smaller_lavit_assists(model, settings):
         assert torch.equal(out, model.generate(ids, max_new_tokens=8))
 
 
+SPECULATION = {
+    "lavit": {"assistant_model": tiny_model(1)},
+    "itself": {"assistant_model": tiny_model()},
+    "llama": {"assistant_model": LlamaForCausalLM(tiny_text_config(hidden_size=16)).eval()},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("kind", SPECULATION)
+def test_texts_about_images_are_written_with_an_assistant_as_without(model, kind):
+    ids, pixels = torch.tensor([[1, BOI, EOI, 20, 30, BOI, EOI, 20, 30]]), tiny_images(2)
+    settings = {"pixel_values": pixels, "max_new_tokens": 12, "eos_token_id": None, "return_dict_in_generate": True}
+    settings |= {"output_scores": True, "output_hidden_states": True}
+    expected = model.generate(ids, **settings)
+    seen = Seen()
+    out = model.generate(ids, logits_processor=[seen], **settings, **SPECULATION[kind])
+    assert_same(out, expected)
+    assert [row[:9] for row in seen.ids[0]] == ids.tolist()
+    torch.testing.assert_close(out.hidden_states[0][-1], expected.hidden_states[0][-1], atol=1e-4, rtol=1e-4)
+    # and the next turn
+    further = torch.cat([out.sequences, torch.tensor([[7, 20, 30]])], dim=1)
+    expected = whole(model, further, pixel_values=pixels, output_scores=True)
+    assert_same(continued(model, further, out.past_key_values, output_scores=True, **SPECULATION[kind]), expected)
+
+
+def test_an_assistant_reads_the_images_that_its_model_reads(model):
+    """The model itself as its assistant: as both read images, though it as codes, some candidates are right."""
+    forwards = []
+    hook = model.model.language_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    settings = {"pixel_values": tiny_images(1), "max_new_tokens": 16, "eos_token_id": None}
+    ids = torch.tensor([[1, BOI, EOI, 30]])
+    sampled = [
+        model.generate(ids, assistant_model=tiny_model(), do_sample=True, generator=seeded(0), **settings)
+        for _ in range(2)
+    ]
+    hook.remove()
+    assert torch.equal(*sampled) and sampled[0].shape == (1, 20)
+    assert len(forwards) < 2 * 16
+
+
 def test_max_length_counts_the_callers_ids(model):
     ids, pixels = torch.tensor([[1, 20, BOI, EOI, 30]]), tiny_images(1)
     settings = {"pixel_values": pixels, "eos_token_id": None}
@@ -261,7 +312,7 @@ def test_prompts_have_guidance_scales_of_their_own(model):
         assert together[row].tolist() == alone[0].tolist()
 
 
-@pytest.mark.parametrize("scale", [-1.0, float("nan"), [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), "3", [1.0, 2.0, 3.0]])
 def test_guidance_scales_that_are_none_are_an_error(model, scale):
     with pytest.raises(ValueError, match="guidance"):
         model.generate(torch.tensor([[1, 20, BOI]]), generation_mode="image", guidance_scale=scale)
@@ -282,6 +333,72 @@ def test_sampled_beams_take_a_generator_for_each_prompt(model):
             torch.tensor([ids]), pixel_values=pixels[row : row + 1], generator=seeded(row), **settings
         )
         assert together[row].tolist()[: alone.shape[1]] == alone[0].tolist()
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_sampled_beams_draw_images_with_a_generator_for_each_prompt(model, mode):
+    rows, allowed = [[1, 20, BOI], [1, 40, 41, BOI]], {0: [CODE, CODE + 1, EOI], 1: [CODE + 2, CODE + 3, EOI]}
+    settings = {"generation_mode": mode, "num_beams": 2, "do_sample": True, "min_image_tokens": 2}
+    settings |= {"max_image_tokens": 5, "max_new_tokens": 6}
+    for function in (None, lambda row, ids: allowed[row]):
+        given = settings if function is None else settings | {"prefix_allowed_tokens_fn": function}
+        generators = [seeded(0), seeded(1)]
+        together = model.generate(**left_padded(rows), generator=generators, **given).tolist()
+        for row, ids in enumerate(rows):
+            if function is not None:
+                given = settings | {"prefix_allowed_tokens_fn": lambda _, ids, row=row: allowed[row]}
+            alone = model.generate(torch.tensor([ids]), generator=seeded(row), **given)[0].tolist()
+            new = alone if mode == "image" else alone[len(ids) :]
+            assert together[row][0 if mode == "image" else 4 :][: len(new)] == new
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("top_p", (1.5, 0.0, -0.1, NAN, "0.9")),
+        ("typical_p", (1.5, 0.0, NAN)),
+        ("min_p", (1.5, -0.1)),
+        ("temperature", (0.0, -1.0, NAN)),
+        ("top_k", (-1, 2.5)),
+        ("repetition_penalty", (0.0, -1.0, NAN)),
+        ("num_beams", (0, -1, 1.5)),
+        ("num_return_sequences", (0, -1)),
+        ("max_new_tokens", (0, -1)),
+    ],
+)
+def test_settings_out_of_range_are_an_error_that_names_them(model, mode, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match="penalty" if name == "repetition_penalty" else name):
+            model.generate(torch.tensor([[1, 20, BOI]]), do_sample=True, generation_mode=mode, **{name: value})
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_text_ends_at_a_stop_string_however_it_is_written(model, do_sample):
+    tokenizer, ids = tiny_tokenizer(), torch.tensor([[1, 20, BOI, EOI, 30]])
+    settings = {"pixel_values": tiny_images(1), "max_new_tokens": 8, "do_sample": do_sample}
+    settings["prefix_allowed_tokens_fn"] = lambda row, ids: list(range(262, 300))  # no bytes
+    uncut = model.generate(ids, generator=seeded(0), **settings)
+    stop = tokenizer.decode(uncut[0, 8]).strip()
+    cut = model.generate(ids, generator=seeded(0), stop_strings=[stop], tokenizer=tokenizer, **settings)
+    assert stop and 5 < cut.shape[1] <= 9 < uncut.shape[1]
+    assert cut[0].tolist() == uncut[0, : cut.shape[1]].tolist()
+
+
+def test_speculation_of_texts_is_refused_where_images_are_drawn(model):
+    for name, value in (("assistant_model", tiny_model(1)), ("prompt_lookup_num_tokens", 2)):
+        with pytest.raises(ValueError, match=f"{name} is for text, but generation_mode is 'image'"):
+            model.generate(torch.tensor([[1, 20, BOI]]), generation_mode="image", **{name: value})
+
+
+def test_lists_and_pixels_as_bytes_are_an_error(model):
+    with pytest.raises(ValueError, match="must be tensors, got list"):
+        model.generate([[1, 20]])
+    with pytest.raises(ValueError, match="normalised floats, got torch.uint8"):
+        model(torch.tensor([[BOI, EOI]]), pixel_values=torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
 def test_ids_and_masks_that_cannot_be_are_an_error(model):

@@ -116,6 +116,7 @@ def test_a_image_and_a_text_are_one_prompt(pipe):
     assert first != second
 
 
+@pytest.mark.slow
 def test_the_folder_works_without_the_package_in_a_fresh_process(tmp_path):
     program = """
 import sys
@@ -141,6 +142,7 @@ print("SAME")
     assert done.stdout.strip().endswith("SAME"), done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_evaluation_reports_every_figure(tmp_path):
     arguments = ["--model", CHECKPOINT, "--data", SAMPLES, "--classifier", CLASSIFIER, "--count", 3, "--seeds", 1]
     arguments += ["--output", tmp_path / "figures.json", "--sheet", tmp_path / "sheet.png"]

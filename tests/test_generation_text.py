@@ -211,11 +211,6 @@ def test_text_features_of_transformers_go_on_working(model):
     assert pinned[0, 6:].tolist() == [17, 17, 17]
 
 
-def test_speculative_decoding_refuses_images(model):
-    with pytest.raises(ValueError, match="do not go with pixel_values"):
-        model.generate(torch.tensor([[BOI, EOI]]), pixel_values=tiny_images(1), prompt_lookup_num_tokens=2)
-
-
 def test_generation_goes_on_from_a_cache(model):
     prompt = torch.tensor([[1, 20, 30]])
     whole = model.generate(prompt, max_new_tokens=8, eos_token_id=None)

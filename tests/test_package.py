@@ -133,6 +133,7 @@ for module in (modeling_lavit, processing, training, evaluation):
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_works_where_a_user_has_a_file_called_processing(wheel, tmp_path):
     wheel.extractall(tmp_path)
     (tmp_path / "processing.py").write_text("raise RuntimeError('this is not yours')")
@@ -140,6 +141,7 @@ def test_the_wheel_works_where_a_user_has_a_file_called_processing(wheel, tmp_pa
     assert all(file.startswith(str(tmp_path / "modeling_lavit")) for file in files)
 
 
+@pytest.mark.slow
 def test_a_checkout_works_without_being_installed(checkout):
     files = run_python(USE, checkout).split()
     assert [Path(file).parent.name for file in files] == ["modeling_lavit", "processing", "training", "evaluation"]

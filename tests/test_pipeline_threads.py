@@ -167,6 +167,7 @@ def _draw_in_process(pickled: bytes) -> torch.Tensor:
     return latents_of(pickle.loads(pickled), "a cat", generator=seeded(1))
 
 
+@pytest.mark.slow
 def test_a_spawned_process_draws_the_same(pipe):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         drawn = pool.apply(_draw_in_process, (pickle.dumps(pipe),))

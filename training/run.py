@@ -1,7 +1,7 @@
 """Runs a stage of training from its recipe: `lavit train [STAGE] RECIPE [KEY=VALUE …]`.
 
 A recipe is a YAML file, or the name of one that is shipped (`finetune`); dotted `key=value` pairs override single
-entries. A run that was cut goes on from its last checkpoint when it is started again.
+entries. An interrupted run resumes from its last checkpoint when it is started again.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutput
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from modeling_lavit.pixels_lavit import scale_latents
 from modeling_lavit.processing import LavitProcessor
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 from modeling_lavit.training.data.augmentation import SampleNoise, augment, normalize_images
@@ -135,7 +136,8 @@ class PixelDecoderTraining(TrainingModel):
         images = images.float() / 255
         if self.training:
             images = augment(images, noise, **self.augmentation)
-        latents = self.vae.encode(images * 2 - 1).latent_dist.mode().float() * self.vae.config.scaling_factor
+        latents = self.vae.encode(images * 2 - 1).latent_dist.mode().float()
+        latents = scale_latents(latents, self.vae.config)
         uniform = noise.uniform(2)
         keep = uniform[:, 0] >= self.objective.condition_dropout
         timesteps = (uniform[:, 1] * self.scheduler.config.num_train_timesteps).long()

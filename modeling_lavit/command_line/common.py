@@ -34,7 +34,7 @@ def add_keep_ratio(command) -> None:
         "--keep-ratio",
         type=float,
         metavar="R",
-        help="keep this share of the patches, the best ones (default: as many as the checkpoint's selector keeps)",
+        help="keep this share of the patches, the most probable ones (default: what the checkpoint's selector keeps)",
     )
 
 
@@ -46,13 +46,13 @@ def add_keep_dial(command: Parser):
         "--keep",
         type=keep_number,
         metavar="K",
-        help="keep the best patches: a share (0.3), a number (40), or threshold=0.7, a probability",
+        help="keep the most probable patches: a share (0.3), a number (40), or threshold=0.7, a probability",
     )
     dials.add_argument(
         "--target-quality",
         type=float,
         metavar="Q",
-        help="keep as few of the best patches as are decoded to features of this cosine with the image's own",
+        help="keep as few of the most probable patches as are decoded to features of this cosine with the image's own",
     )
 
 

@@ -32,7 +32,7 @@ def add_commands(add) -> None:
     )
     command.add_argument("prompt", type=non_empty_text, help="what to draw")
     command.add_argument(
-        "-o", "--output", type=Path, required=True, help="file to write; with --n 4: NAME-0.png to NAME-3.png"
+        "-o", "--output", type=Path, required=True, help="file to write; with --n 4 NAME-0.png to NAME-3.png"
     )
     command.add_argument(
         "--style-image", metavar="IMG", help='an image in front of the text, for prompts like "in flat style"'
@@ -41,10 +41,10 @@ def add_commands(add) -> None:
     command.add_argument(
         "--seed",
         type=seed_number,
-        help="image i is drawn with seed + i, the same at any --n (default: a new one, which is printed)",
+        help="image i is drawn with seed + i, whatever --n is (default: a new one, which is printed)",
     )
     command.add_argument(
-        "--aspect-ratio", metavar="W:H", help="such as 1:1, of those that the checkpoint has (default: its size)"
+        "--aspect-ratio", metavar="W:H", help="such as 16:9; the checkpoint says which it has (default: its own size)"
     )
     add_decoding_options(command)
     command.add_argument(
@@ -58,7 +58,7 @@ def add_commands(add) -> None:
         "reconstruct",
         reconstruct,
         help="turn an image into visual tokens and back",
-        description="Draws an image from nothing but its own visual tokens: what they keep of it.",
+        description="Draws an image again from its visual tokens alone, which shows what they keep.",
         example="lavit reconstruct apple.png -o again.png",
     )
     command.add_argument("image", metavar="IMG", help="an image")

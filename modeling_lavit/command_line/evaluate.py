@@ -22,7 +22,7 @@ examples:
   lavit evaluate captions --annotations captions_val2014.json --predictions captions.json --output runs/scored
   lavit evaluate answers --questions Q.json --annotations A.json --images val2014 --output runs/vqa --protocol lavit
 
-A run that was cut goes on when it is started again; accelerate launch -m modeling_lavit.command_line evaluate ...
+An interrupted run resumes when it is started again; accelerate launch -m modeling_lavit.command_line evaluate ...
 divides it among processes, --ray among workers of a cluster. docs/evaluation.md says what can be compared with what.
 """
 
@@ -31,7 +31,7 @@ def build_parser() -> Parser:
     """`parse_args(...).run(options)` evaluates."""
     parser = Parser(
         prog="lavit evaluate",
-        description="Scores a checkpoint, or predictions that exist already.",
+        description="Scores a checkpoint, or existing predictions.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -69,7 +69,7 @@ def build_parser() -> Parser:
 
 def _add_captions(kind: Parser) -> None:
     kind.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="reference captions")
-    kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, which the model describes")
+    kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images that the model describes")
     kind.add_argument("--predictions", type=Path, metavar="FILE", help="captions to score instead of the model's")
     kind.add_argument("--split", help="of annotations that have some (default: test)")
     kind.add_argument(
@@ -77,17 +77,17 @@ def _add_captions(kind: Parser) -> None:
         nargs="*",
         choices=JAVA_METRICS,
         metavar="METRIC",
-        help="METEOR and SPICE too, or the one that is named, by pycocoevalcap and Java",
+        help="also METEOR and SPICE, or the one that is named, by pycocoevalcap and Java",
     )
 
 
 def _add_answers(kind: Parser) -> None:
     kind.add_argument("--questions", type=Path, metavar="FILE", help="questions")
-    kind.add_argument("--annotations", type=Path, metavar="FILE", help="answers, where they are in another file")
-    kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, about which the model answers")
+    kind.add_argument("--annotations", type=Path, metavar="FILE", help="answers, if they are in another file")
+    kind.add_argument("--images", type=Path, metavar="DIR", help="folder of the images that the questions are about")
     kind.add_argument("--predictions", type=Path, metavar="FILE", help="answers to score instead of the model's")
     kind.add_argument("--protocol", choices=PROTOCOLS, default="official", help="(default: official)")
-    kind.add_argument("--lemmatize", action="store_true", help="nouns and verbs of both sides to base forms, by spaCy")
+    kind.add_argument("--lemmatize", action="store_true", help="compare nouns and verbs in their base forms, by spaCy")
 
 
 def _add_drawings(kind: Parser) -> None:
@@ -99,26 +99,34 @@ def _add_drawings(kind: Parser) -> None:
         help="captions of COCO, GenEval's metadata, DPG-Bench's folder, or a file of T2I-CompBench",
     )
     kind.add_argument("--images", type=Path, metavar="DIR", help="folder of real images, for FID")
-    kind.add_argument("--predictions", type=Path, metavar="DIR", help="folder of drawings to score, no model's")
+    kind.add_argument(
+        "--predictions", type=Path, metavar="DIR", help="folder of drawings to score instead of the model's"
+    )
     kind.add_argument("--inception", metavar="FILE", help="torch-fidelity's weights, or package.module:Class, for FID")
-    kind.add_argument("--clip", metavar="PATH_OR_REPO", help="the CLIP that scores")
+    kind.add_argument("--clip", metavar="PATH_OR_REPO", help="a CLIP, for the CLIP score")
     kind.add_argument("--rerank", metavar="PATH_OR_REPO", help="a CLIP that chooses the best of --candidates")
-    kind.add_argument("--candidates", type=positive_number, default=1, metavar="N", help="for each image (default: 1)")
-    kind.add_argument("--n", type=positive_number, metavar="N", help="images a prompt (default: the suite's)")
-    kind.add_argument("--pixel-decoder", metavar="NAME", help="such as lowres, which the paper's FID is of")
+    kind.add_argument(
+        "--candidates", type=positive_number, default=1, metavar="N", help="drawings for each image (default: 1)"
+    )
+    kind.add_argument("--n", type=positive_number, metavar="N", help="images for each prompt (default: the suite's)")
+    kind.add_argument(
+        "--pixel-decoder",
+        metavar="NAME",
+        help="subfolder of another pixel decoder, such as lowres, used for the paper's FID",
+    )
     kind.add_argument("--guidance-scale", type=float, metavar="S", help="of the language model")
     kind.add_argument("--top-k", type=positive_number, metavar="K", help="of the language model")
     kind.add_argument("--temperature", type=float, metavar="T", help="of the language model")
-    kind.add_argument("--steps", type=positive_number, metavar="N", help="of denoising")
+    kind.add_argument("--steps", type=positive_number, metavar="N", help="denoising steps")
     kind.add_argument("--decoder-guidance-scale", type=float, metavar="S", help="of the pixel decoder")
 
 
 def _add_tokens(kind: Parser) -> None:
     kind.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images")
     kind.add_argument(
-        "--shares", type=float, nargs="+", default=[], metavar="R", help="of the patches to keep, for a curve"
+        "--shares", type=float, nargs="+", default=[], metavar="R", help="shares of the patches to keep, for a curve"
     )
-    kind.add_argument("--reconstruct", action="store_true", help="draw from the tokens: PSNR and SSIM")
+    kind.add_argument("--reconstruct", action="store_true", help="also draw from the tokens: PSNR and SSIM")
 
 
 def _add_retrieval(kind: Parser) -> None:
@@ -148,6 +156,8 @@ def evaluation_module(name: str):
         spec = spec_from_file_location(
             "lavit_evaluation", folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{folder} is no package")
         sys.modules[spec.name] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[spec.name])
     return importlib.import_module(f"lavit_evaluation.{name}")

@@ -30,12 +30,15 @@ Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where the
 
 # subcommand -> (module with main(arguments), help); a name with a dot in front is of this package
 DELEGATED = {
-    "train": ("modeling_lavit.training.run", "train one stage from its recipe file"),
-    "evaluate": (".evaluate", "score captions, answers, drawings, visual tokens; of a model or from files"),
+    "train": ("modeling_lavit.training.run", "train one stage from a recipe"),
+    "evaluate": (
+        ".evaluate",
+        "score captions, answers, drawings, visual tokens or retrieval, of a model or from files",
+    ),
     "show": ("modeling_lavit.evaluation.show", "show codes, kept patches, reconstructions"),
     "convert": (
         "modeling_lavit.conversion.__main__",
-        "turn an official checkpoint directory into one that loads",
+        "turn an official checkpoint directory into a Hub folder",
     ),
 }
 

@@ -10,29 +10,29 @@ def add_commands(add):
         "push",
         push,
         "upload a saved folder as a repository on the Hub",
-        "Uploads a folder with its model card. An upload that broke off goes on when it is called again.",
+        "Uploads a folder with its model card. An interrupted upload resumes when it is called again.",
         "lavit push runs/mine me/mine --private",
         loads_model=False,
     )
-    command.add_argument("folder", metavar="FOLDER", type=Path)
-    command.add_argument("repo", metavar="REPO", help="its name, organisation/name; created if it does not exist")
-    command.add_argument("--dry-run", action="store_true", help="list the files, their sizes and what is new, no more")
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="what save_pretrained or a training run wrote")
+    command.add_argument("repo", metavar="REPO", help="repository, organisation/name; created if it does not exist")
+    command.add_argument("--dry-run", action="store_true", help="only list the files, their sizes and what is new")
     command.add_argument("--private", action="store_true", default=None, help="create it as a private repository")
     command.add_argument("--revision", metavar="BRANCH", help="created if it does not exist (default: main)")
     command.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    command.add_argument("--message", metavar="TEXT", help="of the commit (default: Upload LaVIT)")
+    command.add_argument("--message", metavar="TEXT", help="commit message (default: Upload LaVIT)")
     command.add_argument("--tags", nargs="+", metavar="TAG", help="more tags of the model card")
     command.add_argument("--token", help="of the Hub (default: that of hf auth login)")
     command = add(
         "verify",
         verify,
         "say whether the code in a folder or repository is this package's own",
-        "Reads the code that trust_remote_code=True would run, without running it; exit code 1 if it is another's.",
+        "Reads the code that trust_remote_code=True would run, without running it. Exit code 1 if it is not our own.",
         "lavit verify me/mine",
         loads_model=False,
     )
-    command.add_argument("source", metavar="FOLDER_OR_REPO")
-    command.add_argument("--revision", metavar="BRANCH_OR_COMMIT")
+    command.add_argument("source", metavar="FOLDER_OR_REPO", help="saved folder, or repository on the Hub")
+    command.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of the repository (default: main)")
     command.add_argument("--token", help="of the Hub (default: that of hf auth login)")
 
 

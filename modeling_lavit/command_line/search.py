@@ -12,12 +12,12 @@ def add_commands(add) -> None:
         "search",
         search,
         help="rank the images of a folder for a text",
-        description="Prints the images of a folder that a text describes best, with the log-likelihood of the text "
-        "as their caption.",
+        description="Prints the images of a folder that a text describes best, each with the log-likelihood of the "
+        "text as its caption.",
         example='lavit search "a red apple" images --top 5',
     )
     command.add_argument("text", type=non_empty_text, help="what to look for")
-    command.add_argument("folder", type=Path, metavar="FOLDER", help="images, in folders below it too")
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="folder of images, subfolders included")
     command.add_argument("--top", type=positive_number, default=10, metavar="N", help="images to print (default: 10)")
 
 

@@ -21,16 +21,25 @@ def add_commands(add) -> None:
     command = add(
         "serve",
         run_server,
-        help="answer requests in the shapes of OpenAI's API (needs the extra serve)",
-        description="Serves reading, drawing and editing in the shapes of OpenAI's API. Needs the extra `serve`.",
+        help="serve a model through OpenAI's API (needs the extra serve)",
+        description="Serves reading, drawing and editing through OpenAI's API. Needs the extra `serve`.",
         example="lavit serve --port 8000 --api-key secret",
     )
-    command.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="precision (default: auto, bfloat16 on an accelerator, float32 on a CPU)",
+    )
     command.add_argument(
         "--replicas", type=positive_number, default=1, metavar="N", help="processes that hold the model (default: 1)"
     )
     command.add_argument(
-        "--max-batch-size", type=positive_number, default=16, metavar="N", help="images drawn together (default: 16)"
+        "--max-batch-size",
+        type=positive_number,
+        default=16,
+        metavar="N",
+        help="images, or answers, that one replica works on together (default: 16)",
     )
     command.add_argument(
         "--max-queue",
@@ -39,12 +48,12 @@ def add_commands(add) -> None:
         metavar="N",
         help="images and answers that may wait; others are refused with status 429 (default: 64)",
     )
-    command.add_argument("--api-key", metavar="KEY", help="asked of clients (default: that of LAVIT_API_KEY, or none)")
+    command.add_argument(
+        "--api-key", metavar="KEY", help="required from clients (default: that of LAVIT_API_KEY, or none)"
+    )
     command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     command.add_argument("--port", type=positive_number, default=8000, help="port to listen at (default: 8000)")
-    command.add_argument(
-        "--allow-urls", action="store_true", help="fetch images from public http(s) addresses that clients name"
-    )
+    command.add_argument("--allow-urls", action="store_true", help="fetch images from public http(s) URLs in requests")
 
 
 def run_server(options: argparse.Namespace):

@@ -40,7 +40,7 @@ def add_commands(add) -> None:
         tokenize,
         help="turn images into visual tokens, and show which patches they keep; or a whole data set",
         description="Prints how many patches of each image are kept, and their codes. With --dataset it computes "
-        "those of a whole data set, for training; a job that was cut goes on when it is started again.",
+        "the codes of a whole data set, for training; an interrupted job resumes when it is started again.",
         example="lavit tokenize apple.png --show kept.png\n  lavit tokenize --dataset images --output tokens",
     )
     command.add_argument("images", nargs="*", metavar="IMG", help="images")
@@ -49,7 +49,9 @@ def add_commands(add) -> None:
         action="store_true",
         help="print how many codes change if the merger computes kept tokens only (the config's kept_only)",
     )
-    command.add_argument("--show", type=Path, metavar="FILE", help="write the one image with dropped patches faded")
+    command.add_argument(
+        "--show", type=Path, metavar="FILE", help="write the image (a single one) with dropped patches faded"
+    )
     add_keep_dial(command)
     command.add_argument(
         "--dataset",
@@ -57,10 +59,10 @@ def add_commands(add) -> None:
         help="instead of images: a folder, a builder of datasets such as parquet, or a repository on the Hub",
     )
     group = command.add_argument_group("with --dataset")
-    group.add_argument("--output", type=Path, metavar="DIR", help="folder for the shards; what is there is kept")
+    group.add_argument("--output", type=Path, metavar="DIR", help="folder for the shards; finished ones are kept")
     group.add_argument("--data-files", nargs="+", metavar="FILE", help="files, patterns or addresses of the source")
     group.add_argument("--split", help="of the source (default: train)")
-    group.add_argument("--image-column", metavar="NAME", help="default: image, jpg, png or webp")
+    group.add_argument("--image-column", metavar="NAME", help="default: image, jpg, jpeg, png or webp")
     group.add_argument("--streaming", action="store_true", default=None, help="read files while tokenizing them")
     group.add_argument("--batch-size", type=positive_number, metavar="N", help="images at once (default: 64)")
     group.add_argument("--shard-size", type=positive_number, metavar="N", help="rows for each file (default: 4096)")
@@ -133,6 +135,8 @@ def _tokenize_dataset(options: argparse.Namespace):
     if options.output.is_file():
         raise ValueError(f"{options.output} is a file: give the name of a folder")
     given = {name: value for name in DATASET_OPTIONS if (value := getattr(options, name)) is not None}
+    if options.model and (Path(options.model) / "visual_tokenizer" / "config.json").is_file():  # a result of stage 1
+        options.model = str(Path(options.model) / "visual_tokenizer")
     given |= {"model": model_source(options, ("lavit", "lavit_visual_tokenizer")), "keep_ratio": options.keep_ratio}
     if workers := given.pop("ray", None):
         from modeling_lavit.training.data.tokenize_ray import tokenize_with_ray

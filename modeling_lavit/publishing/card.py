@@ -173,7 +173,7 @@ def _kind(folder: Path) -> tuple[str, dict]:
         if (folder / name).is_file():
             file = folder / ("config.json" if kind == "pipeline" else name)
             config = read_json_object(file)
-            kind = kind or KINDS.get(config.get("model_type"))
+            kind = kind or KINDS.get(config.get("model_type", ""))
             if kind:
                 return kind, config
     if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
@@ -254,7 +254,7 @@ def _metadata(
 def _eval_result(result: dict) -> EvalResult:
     settings = result.get("settings") or {}
     return EvalResult(
-        task_type=TASKS.get(result["task"], result["task"]),
+        task_type=TASKS.get(result["task"]) or result["task"],
         dataset_type=re.sub(r"[^\w.-]+", "-", result["dataset"].lower()),
         dataset_name=result["dataset"],
         dataset_split=settings.get("split"),

@@ -11,6 +11,7 @@ import importlib
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ PROCESSING = next(p for p in (PACKAGE / "processing", PACKAGE.parent / "processi
 VERSIONS = "compat_lavit"
 ROOTS = {
     TRANSFORMERS_CODE: ("modeling_lavit", "modeling_lavit_detokenizer", "processing_lavit"),
-    DIFFUSERS_CODE: ("pipeline_lavit", "pipeline_text_to_image", "small_decoder_lavit"),
+    DIFFUSERS_CODE: ("blocks_lavit", "pipeline_text_to_image", "small_decoder_lavit"),
 }
 LIBRARY = {TRANSFORMERS_CODE: "transformers", DIFFUSERS_CODE: "diffusers"}
 DOCSTRING = '''\
@@ -87,10 +88,10 @@ def _read(name: str) -> Module:
     if INDENTED_IMPORT.search(text):
         raise ValueError(f"{path} imports a file of the package inside of something")
     for node in module.tree.body:
-        if isinstance(node, ast.ImportFrom) and _inner(node):
-            module.inner.append(_inner(node))
+        if isinstance(node, ast.ImportFrom) and (inner := _inner(node)):
+            module.inner.append(inner)
         elif isinstance(node, ast.ImportFrom):
-            module.imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+            module.imports |= {alias.asname or alias.name: (_source(node), alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 parent, _, last = alias.name.rpartition(".")
@@ -103,9 +104,14 @@ def _inner(node: ast.Import | ast.ImportFrom) -> str | None:
     """The file of ours that an import is of."""
     if isinstance(node, ast.Import):
         return None
-    if node.level:
-        return node.module.split(".")[-1]
-    return node.module.split(".")[-1] if node.module.split(".")[0] == "modeling_lavit" else None
+    parts = _source(node).split(".")
+    return parts[-1] if node.level or parts[0] == "modeling_lavit" else None
+
+
+def _source(node: ast.ImportFrom) -> str:
+    if node.module is None:
+        raise ValueError(f"line {node.lineno} imports a file as a whole: import names from it")
+    return node.module
 
 
 def _in_order(roots: tuple[str, ...]) -> list[Module]:
@@ -146,14 +152,14 @@ def _shared_names(modules: list[Module], done: dict[str, Module]) -> list[str]:
     needed = set()
     for module in modules:
         for node in module.tree.body:
-            if not (isinstance(node, ast.ImportFrom) and _inner(node)):
+            if not (isinstance(node, ast.ImportFrom) and (inner := _inner(node))):
                 continue
             for alias in node.names:
                 if alias.asname not in (None, "_", alias.name):
                     raise ValueError(f"{module.name}.py imports {alias.name} under another name")
-                if _inner(node) in done and alias.asname != "_":
-                    needed.add(done[_inner(node)].renamed.get(alias.name, alias.name))
-                source = done.get(_inner(node)) or _read(_inner(node))
+                if inner in done and alias.asname != "_":
+                    needed.add(done[inner].renamed.get(alias.name, alias.name))
+                source = done.get(inner) or _read(inner)
                 if alias.name in source.renamed:
                     module.renamed[alias.name] = source.renamed[alias.name]
     return sorted(needed, key=_member_order)
@@ -217,13 +223,13 @@ def _import(module: str, name: str | None):
 
 def _body(module: Module) -> str:
     """A module without its docstring and imports, private names renamed."""
-    lines = _rename(module)
+    lines: list[str | None] = [*_rename(module)]
     first = module.tree.body[0]
     is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
     dropped = [node for node in module.tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     dropped += [node for name, node in _defined(module) if name in module.dropped]
     for node in [first, *dropped] if is_docstring else dropped:
-        for row in range(node.lineno - 1, node.end_lineno):
+        for row in range(node.lineno - 1, node.end_lineno or node.lineno):
             lines[row] = None
     body = "\n".join(line for line in lines if line is not None)
     body = re.sub(r"\A(?:\s*# isort.*\n)+", "", re.sub(r"\n{4,}", "\n\n\n", body)).strip("\n")
@@ -246,7 +252,7 @@ def _rename(module: Module) -> list[str]:
     return lines
 
 
-def _import_block(imports: dict[str, tuple[str, str | None]], shared: list[str] = ()) -> str:
+def _import_block(imports: dict[str, tuple[str, str | None]], shared: Sequence[str] = ()) -> str:
     """Imports sorted as isort does: the standard library, other libraries, and the other generated file."""
     blocks: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     for bound, (source, name) in imports.items():
@@ -290,7 +296,7 @@ def _registered() -> dict[str, str]:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     calls = (node.value for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
     call = next(call for call in calls if ast.unparse(call.func) == "register_classes")
-    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
 
 
 def _wrap(text: str, width: int = LINE) -> list[str]:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from modeling_lavit.loading_lavit import read_json_object
-from modeling_lavit.pipeline_saving_lavit import TEXT_TO_IMAGE
+from modeling_lavit.pipeline_saving_lavit import TEXT_TO_IMAGE, write_modular_index
 from modeling_lavit.saving_lavit import (
     DIFFUSERS_CODE,
     FAMILIES,
@@ -37,6 +37,8 @@ def refresh_folder(folder: Path) -> None:
             edit_json(part / "config.json", lambda config: name_model(config, _auto_map(architecture), task))  # noqa: B023
     name = [DIFFUSERS_CODE, "LavitPipeline"]
     edit_json(folder / "model_index.json", lambda index: index.update(_class_name=name))
+    if is_pipeline:
+        write_modular_index(folder, read_json_object(folder / "model_index.json"))
     write_model_card(folder)
 
 

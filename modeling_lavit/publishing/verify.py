@@ -54,8 +54,7 @@ def verify(source: str | Path, revision: str | None = None, token: str | None = 
         with hub_errors(str(source)):
             files = HfApi(token=token).list_repo_files(str(source), revision=revision)
             wanted = ["**/*.py", "*.py", "*.json", "**/*.json"]
-            options = {"revision": revision, "token": token}
-            folder = Path(snapshot_download(str(source), allow_patterns=wanted, **options))
+            folder = Path(snapshot_download(str(source), allow_patterns=wanted, revision=revision, token=token))
     else:
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     verdict = Verdict()
@@ -98,7 +97,8 @@ def _foreign_references(file: Path, name: str, own: set[str]) -> list[str]:
         named += [task["impl"] for task in _dicts(value.get("custom_pipelines")) if isinstance(task.get("impl"), str)]
         found += [f"{name}: {reference}" for reference in named if reference.rsplit(".", 1)[0] not in own]
     if name == "model_index.json" and isinstance(content, dict):
-        classes = [content.get("_class_name")] if isinstance(content.get("_class_name"), list) else []
+        named = content.get("_class_name")
+        classes = [named] if isinstance(named, list) else []
         found += [f"{name}: {pair}" for pair in classes if pair[:1] and pair[0] not in own]
     return found
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import ray
 import torch
+from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -26,6 +27,8 @@ STOP_SECONDS = 60  # for requests in flight
 
 class LavitServer:
     """HTTP: holds the application that `serve.ingress` builds, and no model."""
+
+    app: FastAPI
 
     def __init__(self, engine: DeploymentHandle):
         self.engine = engine
@@ -81,7 +84,8 @@ async def count_replicas() -> int:
 
     def running() -> int:
         deployment = serve.status().applications[name].deployments[LavitEngine.__name__]
-        return deployment.replica_states.get("RUNNING", 0)
+        states: dict[str, int] = {**deployment.replica_states}
+        return states.get("RUNNING", 0)
 
     return await asyncio.to_thread(running)
 
@@ -101,7 +105,7 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
     """
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False, "num_cpus": os.cpu_count()} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, logging_level="error", **local)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)

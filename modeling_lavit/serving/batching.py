@@ -26,7 +26,7 @@ class Waiting:
     settings: Hashable
     request: Any
     future: asyncio.Future
-    emit: Callable[[Any], None] | None = None
+    emit: Callable[[Any], object] | None = None
 
     @property
     def is_abandoned(self) -> bool:
@@ -46,7 +46,7 @@ class Batcher:
 
     def __init__(
         self,
-        run: Callable[[Hashable, list[Waiting]], list],
+        run: Callable[[Any, list[Waiting]], list],
         max_batch_size: int,
         wait_seconds: float = WAIT_SECONDS,
     ):

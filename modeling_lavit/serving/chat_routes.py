@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -64,12 +64,13 @@ async def _read_messages(request: Request, body: ChatRequest) -> list[dict]:
     """Messages as the chat template takes them, with their images."""
     server = request.app.state.server
     parts = [part for message in body.messages for part in message.content]
-    check_texts(server.settings, [part.text for part in parts if isinstance(part, TextPart)], "messages")
+    texts = [part.text for part in parts if isinstance(part, TextPart)]
+    check_texts(server.settings, texts, "messages")
     count = sum(isinstance(part, ImagePart) for part in parts)
     if count > server.settings.max_images:
         message = f"the messages have {count} images, more than {server.settings.max_images}"
         raise ApiError(400, message, "messages", "too_many_images")
-    if not count and not any(part.text.strip() for part in parts):
+    if not count and not any(text.strip() for text in texts):
         raise ApiError(400, "the messages are empty", "messages", "invalid_value")
     reader = ImageReader(server.settings, (await server.engine.describe()).image_size)
     conversation = []
@@ -118,7 +119,7 @@ def _head(body: ChatRequest) -> dict:
 
 def _content(body: ChatRequest, answer: Answer) -> str | list[dict]:
     if body.answers_with == "text":
-        return answer.parts[0]
+        return "".join(part for part in answer.parts if isinstance(part, str))
     return [
         {"type": "text", "text": part}
         if isinstance(part, str)
@@ -140,7 +141,7 @@ async def _start_stream(request: Request, body: ChatRequest, writing: Writing) -
 
 
 async def _events(
-    request: Request, body: ChatRequest, first: str | Answer, pieces: AsyncIterator[str | Answer]
+    request: Request, body: ChatRequest, first: str | Answer, pieces: AsyncGenerator[str | Answer]
 ) -> AsyncIterator[str]:
     head = {**_head(body), "object": "chat.completion.chunk"}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -157,7 +158,7 @@ async def _events(
             yield event({"content": piece})
             piece = checked(await anext(pieces))
     except ApiError as error:
-        yield f"data: {error.response().body.decode()}\n\n"
+        yield f"data: {bytes(error.response().body).decode()}\n\n"
         return
     finally:
         await pieces.aclose()

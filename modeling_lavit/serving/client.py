@@ -22,15 +22,19 @@ class Engine(Protocol):
 
     async def describe(self) -> Description:
         """Sizes of images that the model draws and reads."""
+        ...
 
     async def draw(self, drawing: Drawing) -> Answer | Refusal:
         """One image."""
+        ...
 
     async def write(self, writing: Writing) -> Answer | Refusal:
         """One answer."""
+        ...
 
     def stream(self, writing: Writing) -> AsyncIterator[str | Answer | Refusal]:
         """An answer in pieces, and then the whole."""
+        ...
 
 
 class ReplicaClient:
@@ -46,9 +50,9 @@ class ReplicaClient:
 
     async def describe(self) -> Description:
         """See [`LavitEngine.describe`]; asked once."""
-        if self._description is None:
-            self._description = await self._call("describe")
-        return self._description
+        description = self._description or await self._call("describe")
+        self._description = description
+        return description
 
     async def draw(self, drawing: Drawing) -> Answer | Refusal:
         """See [`LavitEngine.draw`]."""
@@ -62,7 +66,8 @@ class ReplicaClient:
         """See [`LavitEngine.stream`]. What broke off is not asked again: its pieces are sent."""
         generator = self.handle.options(stream=True).stream.remote(writing)
         try:
-            async for piece in generator:
+            # with `stream=True` the response is a generator
+            async for piece in generator:  # pyright: ignore[reportGeneralTypeIssues]
                 yield piece
         except CLUSTER_ERRORS as error:
             raise _told(error) from error

@@ -28,8 +28,8 @@ class LavitEngine:
 
     async def describe(self) -> Description:
         """Sizes of images that the model draws and reads."""
-        ratios = [tuple(size) for size in self.pipe.defaults.aspect_ratios.values()]
-        default = tuple(self.pipe.default_size)
+        ratios = self.pipe.defaults.aspect_ratios.values()
+        default = self.pipe.default_size
         size = self.processor.image_processor.size
         return Description([default, *(one for one in ratios if one != default)], (size["height"], size["width"]))
 

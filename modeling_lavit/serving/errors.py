@@ -61,7 +61,7 @@ def refuse_validation(error: RequestValidationError | ValidationError) -> ApiErr
     path = [part for i, part in enumerate(path) if not (part in PART_TYPES and path[i - 1].isdigit())]
     param = ".".join(path) or None
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}", code="invalid_json")
+        return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error')}", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"this server does not know the parameter {param}", param, "unknown_parameter")
     return ApiError(400, f"{param or 'body'}: {first['msg']}", param, "invalid_value")

@@ -42,7 +42,7 @@ class PublicResolver(AbstractResolver):
         """See `aiohttp.abc.AbstractResolver`."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
-        if not all(self.is_allowed(address[0]) for *_, address in found):
+        if not all(self.is_allowed(str(address[0])) for *_, address in found):
             raise PermissionError(host)
         return [
             {

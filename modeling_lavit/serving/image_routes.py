@@ -68,13 +68,14 @@ async def _draw(request: Request, body: ImageRequest, images: tuple) -> dict:
     answers = await ask_all(server.engine.draw, drawings)
     server.metrics.count(answers)
     data = []
-    for answer, seed in zip(answers, seeds, strict=True):
-        content = encode_image(answer.parts[0], output_format, body.output_compression or 100)
+    images_drawn = [part for answer in answers for part in answer.parts if not isinstance(part, str)]
+    for image, seed in zip(images_drawn, seeds, strict=True):
+        content = encode_image(image, output_format, body.output_compression or 100)
         if body.response_format == "url":
             data.append({"url": f"data:image/{output_format};base64,{content}", "seed": seed})
         else:
             data.append({"b64_json": content, "seed": seed})
-    width, height = answers[0].parts[0].size
+    width, height = images_drawn[0].size
     return {
         "created": int(time.time()),
         "data": data,

@@ -1,5 +1,7 @@
 """Figures of the server for Prometheus, at /metrics."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from modeling_lavit.serving.requests import Answer
@@ -13,7 +15,7 @@ class Metrics:
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        options = {"registry": self.registry}
+        options: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("lavit_requests", "Requests by route and status", ["route", "status"], **options)
         self.seconds = Histogram("lavit_request_seconds", "Of a request", ["route"], buckets=SECONDS, **options)
         self.in_flight = Gauge("lavit_requests_in_flight", "Requests that wait or run", **options)

@@ -325,6 +325,7 @@ def lavit(*arguments: str, shell: str = "{}", **options) -> subprocess.Completed
     return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, **options)
 
 
+@pytest.mark.slow
 def test_a_dash_reads_the_image_from_stdin(checkpoint):
     want = lavit("caption", IMAGE, "--model", checkpoint).stdout
     done = lavit("caption", "-", "--model", checkpoint, shell=f"{{}} < {shlex.quote(IMAGE)}")
@@ -334,6 +335,7 @@ def test_a_dash_reads_the_image_from_stdin(checkpoint):
     assert empty.stderr == "lavit: error: stdin has no image: it is empty\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_is_no_error(checkpoint):
     images = [IMAGE] * 4
     done = lavit("tokenize", *images, "--model", checkpoint, shell="{} | head -1; echo ${{PIPESTATUS[0]}}")

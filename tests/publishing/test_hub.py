@@ -67,13 +67,18 @@ draw = transformers.pipeline("text-to-image", model=source, **trust)
 by_task = numpy.asarray(draw("a red apple", generator=seed(), num_inference_steps=2)).tolist()
 pipe = DiffusionPipeline.from_pretrained(source, **trust)
 by_pipeline = numpy.asarray(pipe("a red apple", generator=seed(), num_inference_steps=2).images[0]).tolist()
+from diffusers import ModularPipeline
+modular = ModularPipeline.from_pretrained(source, **trust)
+modular.load_components(pretrained_model_name_or_path=source)
+arguments = {"prompt": "a red apple", "num_inference_steps": 2, "generator": seed()}
+by_blocks = numpy.asarray(modular(**arguments, output="images")[0]).tolist()
 again = pipe.reconstruct(draw("two cats", num_inference_steps=1), num_inference_steps=1).visual_tokens.lengths.tolist()
 if save_to and save_to.startswith("hub:"):
     pipe.push_to_hub(save_to.removeprefix("hub:"))
 elif save_to:
     (draw if save_to.endswith("task") else pipe).save_pretrained(save_to)
 package = [name for name, module in sys.modules.items() if name.startswith("modeling_lavit") and module]
-print("RESULT" + json.dumps([classes, by_task, by_pipeline, refused, package]))
+print("RESULT" + json.dumps([classes, by_task, by_pipeline, by_blocks, refused, package]))
 """
 
 WITH_PACKAGE = """
@@ -140,7 +145,7 @@ def run(script: str, *arguments: str, home: Path, **environment: str) -> str:
 def check_fresh(drawn: list, source: str, home: Path, save_to: str = "", only_model: str = "", **environment: str):
     arguments = json.dumps([str(source), only_model, str(save_to)])
     output = run(FRESH_PROCESS, arguments, home=home, **environment)
-    classes, by_task, by_pipeline, refused, package = json.loads(output.split("RESULT")[1])
+    classes, by_task, by_pipeline, by_blocks, refused, package = json.loads(output.split("RESULT")[1])
     generation = "transformers_modules.LavitForConditionalGeneration"
     assert classes == {
         "AutoModel": "transformers_modules.LavitModel",
@@ -152,6 +157,7 @@ def check_fresh(drawn: list, source: str, home: Path, save_to: str = "", only_mo
     }
     assert by_task == drawn
     assert by_pipeline == drawn
+    assert by_blocks == drawn
     assert refused and package == []
 
 
@@ -278,6 +284,7 @@ def test_a_file_is_no_place_for_a_folder(pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "taken")
 
 
+@pytest.mark.slow
 def test_without_the_package_the_folder_loads_is_saved_and_serves_an_offline_cache(folder, drawn, tmp_path):
     check_fresh(drawn, folder, tmp_path / "home1", save_to=tmp_path / "saved-by-task")
     fill_cache(tmp_path / "home2" / "hub" / "models--group--tiny", tmp_path / "saved-by-task")
@@ -306,6 +313,7 @@ def fill_cache(repository: Path, folder: Path):
             link.symlink_to(os.path.relpath(blob, link.parent))
 
 
+@pytest.mark.slow
 def test_what_is_pushed_arrives_and_loads_from_the_hub(folder, drawn, tmp_path):
     checkout = str(Path(modeling_lavit.__file__).parent.parent)
     with HubServer() as hub:

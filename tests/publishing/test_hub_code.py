@@ -44,6 +44,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_part_of_transformers_loads_alone_without_the_package_and_without_diffusers(tmp_path):
     parts = {
         "tokenizer": LavitVisualTokenizer(tiny_visual_config()),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, ModularPipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_visual_config
@@ -230,6 +230,7 @@ def test_components_that_are_given_are_not_fetched(hub, saved, pipe):
     assert not fetched(hub) & {"model.safetensors", "tokenizer.json", "config.json"}
 
 
+OPTIONAL = {"safety_checker", "feature_extractor"}
 STAGES = {
     "drawing from codes": (("processor", "model"), {"detokenizer", "unet", "vae", "scheduler"}),
     "writing codes": (("detokenizer", "unet", "vae", "scheduler"), {""}),
@@ -244,6 +245,21 @@ def test_one_stage_fetches_nothing_of_the_other(hub, saved, stage):
     names = fetched(hub) - {"model_index.json", "lavit_diffusers.py", "lavit_transformers.py"}
     assert {name.rpartition("/")[0] for name in names} == folders
     assert ("model.safetensors" in names) == ("" in folders)
+
+
+def test_a_pushed_pipeline_is_a_modular_one_whose_workflows_fetch_what_they_need(hub, pipe, saved):
+    pipe.push_to_hub("group/pushed")
+    assert main(["push", str(saved), "group/folder"]) == 0
+    for name in ("group/pushed", "group/folder"):
+        hub.calls.clear()
+        modular = ModularPipeline.from_pretrained(name, workflow="decoding")
+        modular.load_components()
+        assert set(modular.null_component_names) == OPTIONAL
+        assert {file.rpartition("/")[0] for file in fetched(hub)} == {"", "detokenizer", "unet", "vae", "scheduler"}
+        assert not fetched(hub) & {"model.safetensors", "tokenizer.json", "lavit_diffusers.py"}
+    before = len(hub.commits)
+    assert main(["push", str(saved), "group/folder"]) == 0
+    assert len(hub.commits) == before + 1
 
 
 def test_a_variant_is_fetched_where_a_component_has_it(hub, saved):

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from modeling_lavit.training.run import main
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")

@@ -18,7 +18,7 @@ TRIES = {
     "evaluate": "import modeling_lavit.evaluation.emoji.report, torchmetrics",
     "app": "import gradio, modeling_lavit.app_lavit",
     "serve": "import modeling_lavit.serving, ray.serve, fastapi, uvicorn",
-    "ray": "import ray.data, modeling_lavit.training.tokenize_ray",
+    "ray": "import ray.data, modeling_lavit.training.data.tokenize_ray",
     "convert": "import sentencepiece, modeling_lavit.conversion",
     "quantization": "import sys, pytest; sys.exit(pytest.main(['-q', 'tests/test_memory.py', '-k', 'quantized']))",
     "docs": "import sphinx, myst_parser, furo",

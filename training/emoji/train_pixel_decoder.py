@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 from modeling_lavit.configuration_lavit import LavitDetokenizerConfig, LavitVisualTokenizerConfig
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer, LavitDetokenizerOutput
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
+from modeling_lavit.pixels_lavit import unscale_latents
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder, LavitUNet2DConditionModel
 from modeling_lavit.training.data.augmentation import SampleNoise
 from modeling_lavit.training.data.datasets import collate_images
@@ -88,7 +89,7 @@ class EmojiPixelDecoderTraining(PixelDecoderTraining):
         """Cosine distances (B,), means over patches, between what the tokenizer's encoder sees in the images of
         predicted latents (B, C, h, w) and in the images (B, 3, S, S) in [0, 1] themselves (as LPIPS, arXiv 1801.03924,
         with the encoder that is here): squared errors alone blur what tells one drawing style from another."""
-        predicted = self.vae.decode(latents / self.vae.config.scaling_factor).sample.float() / 2 + 0.5
+        predicted = self.vae.decode(unscale_latents(latents, self.vae.config)).sample.float() / 2 + 0.5
         with torch.no_grad():
             seen = self.features(images)
         return (1 - F.cosine_similarity(self.features(predicted), seen, dim=-1)).mean(1)

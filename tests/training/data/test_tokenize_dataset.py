@@ -161,9 +161,10 @@ def test_other_settings_are_refused_in_a_folder_that_was_begun(source, checkpoin
     assert contents(whole) == before
 
 
-def test_the_visual_tokenizer_of_stage_one_is_a_model_too(source, checkpoint, whole, tmp_path):
-    tiny_model().model.visual_tokenizer.save_pretrained(tmp_path / "visual_tokenizer")
-    model = str(tmp_path / "visual_tokenizer")
+@pytest.mark.parametrize("name", ["final", "final/visual_tokenizer"])
+def test_a_result_of_stage_one_is_a_model_too(source, checkpoint, whole, tmp_path, name):
+    tiny_model().model.visual_tokenizer.save_pretrained(tmp_path / "final" / "visual_tokenizer")
+    model = str(tmp_path / name)
     assert tokenize(*source, *SIZES, "--output", str(tmp_path / "tokens"), "--model", model) == 0
     expected, found = contents(whole), contents(tmp_path / "tokens")
     assert (
@@ -173,6 +174,7 @@ def test_the_visual_tokenizer_of_stage_one_is_a_model_too(source, checkpoint, wh
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_killed_process_holds_up_no_other_and_a_rerun_completes_every_row_exactly_once(
     source, checkpoint, whole, tmp_path
 ):
@@ -216,6 +218,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_ray_finishes_the_shards_of_another_job(source, checkpoint, whole, tmp_path):
     ray = pytest.importorskip("ray")
     output = tmp_path / "tokens"

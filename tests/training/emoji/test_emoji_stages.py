@@ -20,6 +20,9 @@ from modeling_lavit.training.emoji.train_pixel_decoder import EmojiPixelDecoderS
 from modeling_lavit.training.recipe_file import load_recipe
 
 
+pytestmark = pytest.mark.slow
+
+
 CLASSIFIER = EMOJI.parent / "classifier"
 DATA = f"data.path={EMOJI}"
 SMALL_CODEBOOK = ("model.codebook_size=32", "detokenizer.codebook_size=32")

@@ -21,6 +21,9 @@ from modeling_lavit.training.emoji.train_language_model import EmojiLanguageMode
 from modeling_lavit.training.recipe_file import load_recipe
 
 
+pytestmark = pytest.mark.slow
+
+
 NAMES = ("cat face", "sunflower")
 
 

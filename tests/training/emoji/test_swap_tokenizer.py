@@ -16,6 +16,9 @@ from modeling_lavit.training.emoji.pseudo_targets import read_codes
 from modeling_lavit.training.emoji.swap_tokenizer import main, swap_in_detokenizer, swap_in_language_model
 
 
+pytestmark = pytest.mark.slow
+
+
 ORDER = torch.randperm(4096, generator=torch.Generator().manual_seed(0))
 
 

@@ -30,6 +30,9 @@ from modeling_lavit.training.recipe import Augmentation
 from modeling_lavit.training.recipe_file import load_recipe
 
 
+pytestmark = pytest.mark.slow
+
+
 STILL = Augmentation(share=0.0)
 MOVED = Augmentation(share=1.0, scale=0.3, tint=0.3)
 DATA = [f"data.path={EMOJI}", "data.validation=null"]
