@@ -77,7 +77,7 @@ class LavitMultiModalProcessor(BaseMultiModalProcessor[LavitProcessingInfo]):
         image_processor = self.info.get_hf_processor().image_processor
         pixel_values = image_processor(hf_data["images"], return_tensors="pt", **hf_kwargs)["pixel_values"]
         with torch.no_grad():
-            features = self.info.reader(pixel_values).pooler_output
+            features = self.info.reader.get_image_features(pixel_values).pooler_output
         dtype = self.info.ctx.model_config.dtype
         return BatchFeature({"image_embeds": [one.to(dtype) for one in features]})
 

@@ -1,18 +1,17 @@
 """The part of a checkpoint that reads images: what vLLM's language model is given of them."""
 
-import torch
-from transformers.utils import can_return_tuple
-
 from modeling_lavit.configuration_lavit import LavitConfig
-from modeling_lavit.modeling_lavit import LavitPreTrainedModel, of_vision
+from modeling_lavit.modeling_lavit import LavitModel, LavitPreTrainedModel, of_vision
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from modeling_lavit.understanding_lavit import LavitImageFeatures, LavitUnderstanding
+from modeling_lavit.understanding_lavit import LavitUnderstanding
 
 
 class LavitImageReader(LavitPreTrainedModel):
     """[`LavitModel`] without its language model: `from_pretrained` of the same folder or repository loads it."""
 
-    _keys_to_ignore_on_load_unexpected = [r"language_model\.", r"lm_head\.", "draft_ids"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"language_model\.", r"lm_head\.", "draft_ids"]
+    get_image_features = LavitModel.get_image_features
+    _reading_parts = LavitModel._reading_parts
 
     def __init__(self, config: LavitConfig):
         super().__init__(config)
@@ -23,8 +22,3 @@ class LavitImageReader(LavitPreTrainedModel):
         )
         self.understanding = LavitUnderstanding(config)
         self.post_init()
-
-    @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **selection) -> LavitImageFeatures:
-        """See [`LavitModel.get_image_features`]."""
-        return self.understanding(self.visual_tokenizer, pixel_values, **selection)
