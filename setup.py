@@ -92,5 +92,8 @@ setup(
     },
     # A script, not an entry point: `lavit --help` would import torch, transformers and diffusers with the package.
     scripts=["modeling_lavit/bin/lavit"],
-    entry_points={"lmms_eval.models": ["lavit = modeling_lavit.evaluation.lmms_eval_models:manifest"]},
+    entry_points={
+        "lmms_eval.models": ["lavit = modeling_lavit.evaluation.lmms_eval_models:manifest"],
+        "vllm.general_plugins": ["lavit = modeling_lavit.vllm_plugin:register"],
+    },
 )

@@ -23,7 +23,7 @@ def rows(section: type[BaseModel], prefix: str = "", skipped: frozenset[str] = f
         if below is not None:
             found += rows(below, f"{prefix}{name}.")
             continue
-        default = "needed" if field.is_required() else f"`{field.default!r}`"
+        default = "required" if field.is_required() else f"`{field.default!r}`"
         description = (field.description or "").replace("|", "\\|")
         found.append(f"| `{prefix}{name}` | {default.replace('|', chr(92) + '|')} | {description} |")
     return found

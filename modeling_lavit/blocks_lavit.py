@@ -97,7 +97,7 @@ class LavitBlock(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return type(self).__doc__.strip()
+        return (type(self).__doc__ or "").strip()
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -108,7 +108,7 @@ class LavitBlock(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components, state):
-        block_state = self.get_block_state(state)
+        block_state: Any = self.get_block_state(state)
         pipe = LavitPipeline(**{name: getattr(components, name, None) for name in COMPONENTS})
         pipe.set_progress_bar_config(**self._progress_bar_options)
         for name, value in self.run(pipe, block_state.as_dict()).items():
@@ -166,14 +166,13 @@ class LavitImageToTokens(LavitBlock):
 class LavitTokens(ConditionalPipelineBlocks):
     """Visual tokens of a prompt or of an image, or those that are given."""
 
-    model_name = "lavit"
     block_classes = [LavitPromptToTokens, LavitImageToTokens]
     block_names = ["prompt", "image"]
     block_trigger_inputs = ["prompt", "image"]
 
     @property
     def description(self) -> str:
-        return type(self).__doc__.strip()
+        return (type(self).__doc__ or "").strip()
 
     def select_block(self, prompt=None, image=None) -> str | None:
         if prompt is not None and image is not None:
@@ -314,7 +313,6 @@ class LavitBlocks(SequentialPipelineBlocks):
     As a workflow: "text2image", "reconstruction", "decoding", each with the blocks and the components that it needs.
     """
 
-    model_name = "lavit"
     block_classes = [LavitTokens, LavitConditions, LavitLatents, LavitDenoise, LavitDecode]
     block_names = ["tokens", "conditions", "latents", "denoise", "decode"]
     _workflow_map = {
@@ -325,4 +323,4 @@ class LavitBlocks(SequentialPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return type(self).__doc__.strip().splitlines()[0]
+        return (type(self).__doc__ or "").strip().splitlines()[0]

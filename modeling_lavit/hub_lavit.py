@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,8 @@ class LavitLoadingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object
             folder = Path(cls.download(str(source), **kwargs))
         check_pipeline_folder(folder, kwargs.get("variant"), given=kwargs.keys())
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        if "model" not in kwargs and has_variant(folder, kwargs.get("variant")):
+            kwargs["model"] = load_model_variant(folder, **kwargs)
         pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=str(source))
         return pipe
@@ -146,12 +149,29 @@ def needed_files(index: dict, files: list[str], variant: str | None, given) -> I
         patterns = AT_ROOT.get(name, (f"{name}/*",))
         found = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
         stems = {file: weights_of(file.rsplit("/", 1)[-1]) for file in found}
-        has_variant = variant is not None and any(which == f".{variant}" for _, which in stems.values())
-        wanted = f".{variant}" if has_variant else None
+        in_variant = variant is not None and any(which == f".{variant}" for _, which in stems.values())
+        wanted = f".{variant}" if in_variant else None
         is_json = (".json", ".jinja", ".model", ".txt", ".safetensors")
         yield from (
             file for file in found if file.endswith(is_json) and stems[file][1] == wanted or not stems[file][0]
         )
+
+
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """Whether the model's weights are there in a variant."""
+    return variant is not None and any(weights_of(file.name)[1] == f".{variant}" for file in folder.glob("model*"))
+
+
+def load_model_variant(folder: Path, variant: str, dtype=None, torch_dtype=None, **kwargs):
+    """The model of a pipeline's folder, which diffusers would load without its variant, as it lies at the root.
+
+    `dtype`, also by its older name, is that of diffusers' `from_pretrained`: one, or one for each component.
+    """
+    library, class_name = read_index(folder)["model"]
+    dtype = torch_dtype if dtype is None else dtype
+    if isinstance(dtype, dict):
+        dtype = dtype.get("model", dtype.get("default"))
+    return getattr(import_module(library), class_name).from_pretrained(folder, variant=variant, dtype=dtype)
 
 
 def component_names(index: dict) -> list[str]:

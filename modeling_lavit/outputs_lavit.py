@@ -13,10 +13,10 @@ class LavitTokenOutputMixin(PreTrainedModel if TYPE_CHECKING else object):
     """Takes generated ids apart, and decodes images."""
 
     def split_segments(self, ids: torch.Tensor | list[int]) -> list[tuple[str, torch.Tensor]]:
-        """One row of ids to its parts in order: `("text", ids)` and `("image", codes)`, codes from 0 on.
+        """One row of ids (L,) to its parts in order: `("text", ids)` and `("image", codes)`, 1-D, codes from 0 on.
 
-        `[IMG]` and `[/IMG]` are left out, an image without codes (a slot) too. Code ids belong to an image also where
-        no `[IMG]` stands before them, as in what `generate(generation_mode="image")` returns.
+        `[IMG]` and `[/IMG]` are left out, and so is an image without codes (a slot). Codes belong to an image even if
+        no `[IMG]` precedes them, as in what `generate(generation_mode="image")` returns.
         """
         vocabulary = self.config.vocabulary
         segments: list[tuple[str, list[int]]] = []

@@ -55,7 +55,7 @@ class LavitSavingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object)
         Args:
             save_directory: created if it does not exist.
             safe_serialization: always true: weights are saved as safetensors only.
-            variant: goes into the names of diffusers' weight files ("fp16"); the model's are looked up without.
+            variant: goes into the names of the weight files ("fp16"): those of other variants stay beside them.
             max_shard_size: largest weight file ("5GB").
             push_to_hub: also upload the folder; `kwargs` are those of [`push_to_hub`], `repo_id` is the
                 folder's name by default.
@@ -116,8 +116,7 @@ class LavitSavingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object)
             options = {}
             if hasattr(component, "state_dict"):
                 options["max_shard_size"] = max_shard_size or "10GB"
-                # diffusers looks for variants in the components' folders only
-                options["variant"] = None if name in AT_ROOT else variant
+                options["variant"] = variant
             component.save_pretrained(folder if name in AT_ROOT else folder / name, **options)
 
 

@@ -65,6 +65,9 @@ class LavitTextToImagePipeline(Pipeline):
         Returns:
             A PIL image for each prompt (a list with `num_images_per_prompt`), in a list if `prompt` is a batch; an
             iterator over them if it is a generator or a dataset.
+
+        Raises:
+            ValueError: those of [`LavitPipeline`].
         """
         if isinstance(prompt, Iterator | Dataset):
             size = 0 if isinstance(prompt, Iterator) else len(prompt)  # pyright: ignore[reportArgumentType]

@@ -150,7 +150,8 @@ class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
         with self._calls.begin(one_at_a_time=self._takes_turns, join=True) as call:
             # LoRA's scale is set in the UNet's layers for the time of a call
             lock = self._calls.turn if getattr(self.unet, "peft_config", None) else None
-            unet = DecodingUNet(self.unet, len(latents), mask, tuple(decoder_guidance_interval), lock)
+            start, stop = decoder_guidance_interval
+            unet = DecodingUNet(self.unet, len(latents), mask, (start, stop), lock)
             denoiser = LavitDenoiser.of(self, call, unet)
             return denoiser(
                 **{name: value.to(self.unet.dtype) for name, value in conditions.items()},

@@ -78,8 +78,9 @@ def push_folder(
             folder = Path(source)
             texts = {README: make_card(folder, repo_id), **named_files(folder, repo_id)}
             theirs = {name: read_file(api, repo_id, name, revision) for name in texts}
-            if theirs[README] is not None:
-                texts[README] = merge_cards(theirs[README], texts[README])
+            card = theirs[README]
+            if card is not None:
+                texts[README] = merge_cards(card, texts[README])
             if source == temporary:
                 for name, text in texts.items():
                     (folder / name).write_text(text, encoding="utf-8")

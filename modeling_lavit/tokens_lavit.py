@@ -110,7 +110,7 @@ class LavitTokensMixin(DiffusionPipeline if TYPE_CHECKING else object):
         lengths = is_code.sum(1)
         if not lengths.all():
             empty = (lengths == 0).nonzero().flatten().tolist()
-            raise ValueError(f"images {empty} were left without visual tokens: allow more, or ask for more at least")
+            raise ValueError(f"images {empty} have no visual tokens: raise max_image_tokens or min_image_tokens")
         return LavitVisualTokens(codes=vocabulary.codes_of(ids[is_code]), lengths=lengths)
 
     @torch.no_grad()
@@ -127,8 +127,7 @@ class LavitTokensMixin(DiffusionPipeline if TYPE_CHECKING else object):
 
         Args:
             image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
-                see [`LavitVisualTokenizer.select`].
+            selection, keep_ratio, keep, target_quality: which patches are kept, see [`LavitVisualTokenizer.select`].
             reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
         """
         if isinstance(image, list | tuple) and not image:

@@ -31,26 +31,26 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- for message in messages -%}
     {%- set content = message.content or "" -%}
-    {%- set blocks = [{"type": "text", "text": content}] if content is string else content -%}
+    {%- set content = [{"type": "text", "text": content}] if content is string else content -%}
     {%- if generation_mode == "image" -%}
-        {%- for block in blocks -%}
+        {%- for block in content -%}
             {{- written(block) -}}
         {%- endfor -%}
     {%- elif message.role == "assistant" -%}
         {{- " Answer:" if state.asked -}}
         {%- generation -%}
             {{- " " if state.asked -}}
-            {{- joined(blocks) + "\\n" -}}
+            {{- joined(content) + "\\n" -}}
         {%- endgeneration -%}
         {%- set state.asked = false -%}
     {%- elif message.role == "system" -%}
         {{- "\\n" if state.asked -}}
-        {{- joined(blocks) + "\\n" -}}
+        {{- joined(content) + "\\n" -}}
         {%- set state.asked = false -%}
     {%- else -%}
         {{- "\\n" if state.asked -}}
         {%- set state.asked = false -%}
-        {%- for block in blocks -%}
+        {%- for block in content -%}
             {%- if block.type != "text" or block.text | trim -%}
                 {{- "Question:" if block.type == "text" and not state.asked -}}
                 {%- set state.asked = state.asked or block.type == "text" -%}

@@ -27,10 +27,10 @@ class LavitPostProcessingMixin(ProcessorMixin):
     vocabulary: LavitVocabulary
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
-        """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
+        """As the tokenizer's, with marks for images: `[IMG:56 codes]` for codes, `<image>` for an empty slot.
 
-        `[IMG:12...` is an image without its end so far. It has no space, so that a `TextStreamer` of transformers, if
-        it is given this processor instead of its tokenizer, prints the mark of an image once it is complete. With
+        `[IMG:12...` is an image whose end has not come yet. It has no space, so that a `TextStreamer` of transformers
+        that is given this processor instead of its tokenizer prints the mark of an image once it is complete. With
         `skip_special_tokens=True` images are left out.
 
         Args:
@@ -90,6 +90,9 @@ class LavitPostProcessingMixin(ProcessorMixin):
             generation_mode: `None` or `"text"`: a string. `"image"`: the codes, counted from 0 and cut at the first
                 `[/IMG]`, 1-D int64. `"interleaved"`: a list of strings and codes in order.
             kwargs: of the tokenizer's `decode`.
+
+        Raises:
+            ValueError: an unknown mode.
         """
         if generation_mode is None or generation_mode == "text":
             return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
@@ -134,6 +137,9 @@ class LavitPostProcessingMixin(ProcessorMixin):
             generated_outputs: ids (batch, length), or the decoded strings.
             input_ids: the prompts, if `generated_outputs` start with them: they are taken off, id by id.
             reference_compat: cut at the first full stop even within "st. james church" or "3.5".
+
+        Raises:
+            ValueError: the ids do not start with `input_ids`, or belong to another number of prompts.
         """
         texts = self._decoded(generated_outputs, input_ids)
         if reference_compat:
@@ -156,6 +162,7 @@ class LavitPostProcessingMixin(ProcessorMixin):
             lemmatize: lower case, nouns and verbs in their base form, as VQA scores are computed by the reference.
 
         Raises:
+            ValueError: the ids do not start with `input_ids`, or belong to another number of prompts.
             ImportError: `lemmatize` without the package `spacy`.
             OSError: `lemmatize` without spaCy's model `en_core_web_sm`.
         """
@@ -185,7 +192,7 @@ class LavitPostProcessingMixin(ProcessorMixin):
     def _decoded(self, generated_outputs: Any, input_ids: Any) -> list[str]:
         if not _are_id_rows(generated_outputs):
             if input_ids is not None:
-                raise ValueError("input_ids go with generated ids: from texts take the prompts off before")
+                raise ValueError("input_ids go with generated ids: take the prompts off texts before")
             texts = [generated_outputs] if isinstance(generated_outputs, str) else list(generated_outputs)
             return [text.strip() for text in texts]
         rows = _rows(generated_outputs)

@@ -60,25 +60,27 @@ class Source(Section):
         "repository on the Hub."
     )
     data_files: str | list[str] | None = Field(
-        None, description="Files, patterns or addresses, where `path` is a builder or holds more than is wanted."
+        None, description="Files, patterns or URLs, if `path` is a builder or has more than you want."
     )
     split: str = Field("train", description="Split of the source; slices such as `train[:90%]` are allowed.")
     image_column: str | None = Field(None, description="Default: the first of `image`, `jpg`, `jpeg`, `png`, `webp`.")
     text_column: str | None = Field(
         None,
-        description="Default: the first of `text`, `caption`, `txt`. Of a list of texts one is drawn each epoch.",
+        description="Default: the first of `text`, `caption`, `txt`. From a list of texts one is drawn each epoch.",
     )
     codes_column: str | None = Field(None, description="Visual codes, as `lavit tokenize --dataset` writes them.")
     question_column: str | None = Field(None, description="Questions; together with `answer_column`.")
     answer_column: str | None = Field(None, description="Answers; together with `question_column`.")
     messages_column: str | None = Field(None, description="Conversations: lists of `role` and `content`.")
     streaming: bool = Field(False, description="Rows are read as needed, without end: set `max_steps`.")
-    shuffle_buffer: int = Field(0, ge=0, description="Rows of a stream that are held; the next one is drawn of them.")
+    shuffle_buffer: int = Field(
+        0, ge=0, description="Rows of a stream held in memory; the next one is drawn from them."
+    )
     num_proc: int | None = Field(
         None, ge=1, description="Processes that look for broken images (of sources that are not streamed)."
     )
     allow_local_paths: bool = Field(
-        False, description="Also read images that rows name by paths outside the folder of the data."
+        False, description="Also read images whose paths, in the rows, lie outside the folder of the data."
     )
 
 
@@ -92,7 +94,7 @@ class Data(Source):
     """What a stage is trained on, and validated on."""
 
     validation: Annotated[float | str | None, AfterValidator(_share_or_split)] = Field(
-        None, description="Split, or share of the rows, that is not trained on and evaluated every `eval_steps`."
+        None, description="Split, or share of the rows, that is kept out of training and evaluated every `eval_steps`."
     )
 
 
@@ -128,17 +130,17 @@ class Arguments(Known):
     output_dir: str = Field(description="Folder for checkpoints, logs and the result, `final`.")
     max_steps: int = Field(-1, description="Optimizer steps; -1: `num_train_epochs` decides.")
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data, where `max_steps` is -1.")
-    per_device_train_batch_size: int = Field(8, ge=1, description="Samples a device and forward.")
+    per_device_train_batch_size: int = Field(8, ge=1, description="Samples per device and forward.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forwards for each optimizer step.")
     learning_rate: float = Field(1e-4, ge=0, description="Largest learning rate of AdamW.")
-    lr_scheduler_type: str = Field("cosine", description="Course of the learning rate after the warm-up.")
+    lr_scheduler_type: str = Field("cosine", description="Schedule of the learning rate after the warm-up.")
     warmup_steps: float = Field(0, ge=0, description="Steps in which the learning rate rises; below 1: share of all.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
     adam_beta2: float = Field(0.999, gt=0, lt=1, description="Of AdamW.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Of AdamW.")
     max_grad_norm: float = Field(1.0, ge=0, description="Norm to which gradients are clipped; 0: never.")
     bf16: bool = Field(True, description="Compute in bfloat16; weights and optimizer stay in float32.")
-    gradient_checkpointing: bool | None = Field(None, description="Compute activations twice instead of keeping them.")
+    gradient_checkpointing: bool | None = Field(None, description="Recompute activations instead of keeping them.")
     fsdp: bool | str | list[str] | None = Field(None, description="`true` shards the model over ranks (FSDP).")
     logging_steps: float = Field(50, gt=0, description="Steps between two records of `log.jsonl`.")
     save_steps: float = Field(1000, gt=0, description="Steps between two checkpoints.")
@@ -158,9 +160,9 @@ class Recipe(Section):
     data: Data = Field(description="What the stage is trained on.")
     augmentation: Augmentation = Augmentation()
     early_stopping_patience: int | None = Field(
-        None, ge=1, description="Evaluations without improvement after which training stops; none: it never does."
+        None, ge=1, description="Evaluations without improvement after which training stops; none: never."
     )
-    threads: int | None = Field(None, ge=1, description="Threads of a CPU; default: as many as torch takes.")
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: those of torch.")
     training_arguments: Arguments
 
     @model_validator(mode="after")
@@ -218,7 +220,7 @@ class TokenizerArguments(Arguments):
 
     output_dir: str = Field("runs/tokenizer", description=Arguments.model_fields["output_dir"].description)
     max_steps: int = Field(50_000, description="Optimizer steps; -1: `num_train_epochs` decides.")
-    per_device_train_batch_size: int = Field(32, ge=1, description="Samples a device and forward.")
+    per_device_train_batch_size: int = Field(32, ge=1, description="Samples per device and forward.")
     warmup_steps: float = Field(5000, ge=0, description=Arguments.model_fields["warmup_steps"].description)
     weight_decay: float = Field(0.001, ge=0, description="Of AdamW.")
     adam_beta2: float = Field(0.99, gt=0, lt=1, description="Of AdamW.")
@@ -226,13 +228,13 @@ class TokenizerArguments(Arguments):
 
 
 class TokenizerRecipe(Recipe):
-    """Stage 1: selector, merger, quantizer and the decoder that proves them (paper section 3.1)."""
+    """Stage 1: selector, merger and quantizer, with the decoder that reconstructs features (paper section 3.1)."""
 
     stage: Literal["tokenizer"] = "tokenizer"
     encoder: Checkpoint = Field(
-        description="LaVIT checkpoint, or visual tokenizer, whose encoder is taken; it stays frozen."
+        description="LaVIT checkpoint, or visual tokenizer, that provides the encoder; it stays frozen."
     )
-    start: str | None = Field(None, description="Result of this stage that training goes on from.")
+    start: str | None = Field(None, description="Result of this stage from which training continues.")
     model: VisualTokenizerSizes = Field(
         VisualTokenizerSizes(), description="Sizes of the visual tokenizer; the official ones by default."
     )
@@ -253,18 +255,18 @@ class Lora(Section):
     lora_alpha: int = Field(32, ge=1, description="The adapters' scale is `lora_alpha / r`.")
     lora_dropout: Share = Field(0.05, description="Dropout before the adapters.")
     target_modules: str | list[str] = Field(
-        ".*language_model.*_proj", description="Layers that get adapters: a pattern, or names."
+        ".*language_model.*_proj", description="Layers that get adapters: a regular expression, or a list of names."
     )
     modules_to_save: list[str] | None = Field(None, description="Modules that are trained as a whole.")
 
 
 class Mixture(Section):
-    """How often a sample is of which form; relative frequencies."""
+    """How often a sample has which form; relative frequencies."""
 
     caption: NotNegative = Field(0.5, description="`[image, text]`: the image as continuous features.")
     draw: NotNegative = Field(0.5, description="`[text; image]`: the image as codes.")
-    text: NotNegative = Field(0.0, description="Text alone, of `text_data`, against forgetting (section 3.2).")
-    instruct: NotNegative = Field(0.0, description="Questions and answers, of `instruction_data`.")
+    text: NotNegative = Field(0.0, description="Text alone, from `text_data`, against forgetting (section 3.2).")
+    instruct: NotNegative = Field(0.0, description="Questions and answers, from `instruction_data`.")
 
 
 class LanguageModelObjective(Section):
@@ -287,7 +289,7 @@ class LanguageModelArguments(Arguments):
 
     output_dir: str = Field("runs/language_model", description=Arguments.model_fields["output_dir"].description)
     max_steps: int = Field(30_000, description="Optimizer steps; -1: `num_train_epochs` decides.")
-    per_device_train_batch_size: int = Field(16, ge=1, description="Samples a device and forward.")
+    per_device_train_batch_size: int = Field(16, ge=1, description="Samples per device and forward.")
     learning_rate: float = Field(2e-5, ge=0, description="Largest learning rate of AdamW.")
     warmup_steps: float = Field(2000, ge=0, description=Arguments.model_fields["warmup_steps"].description)
     weight_decay: float = Field(0.1, ge=0, description="Of AdamW.")
@@ -301,11 +303,11 @@ class LanguageModelRecipe(Recipe):
     stage: Literal["language-model"] = "language-model"
     text_data: Source | None = Field(None, description="Texts for `mixture.text`.")
     instruction_data: Source | None = Field(None, description="Questions and answers for `mixture.instruct`.")
-    start: Checkpoint | None = Field(None, description="LaVIT checkpoint that training goes on from.")
+    start: Checkpoint | None = Field(None, description="LaVIT checkpoint from which training continues.")
     tokenizer: str | None = Field(None, description="Result of stage 1; default: the visual tokenizer of `start`.")
     language_model: str | None = Field(None, description="Pretrained Llama that learns visual ids; without a `start`.")
     attn_implementation: str = Field("sdpa", description="`eager`, `sdpa`, `flash_attention_2`, …")
-    train_understanding: bool = Field(True, description="Train the merger and the projection that images are read by.")
+    train_understanding: bool = Field(True, description="Train the merger and the projection that read images.")
     lora: Lora | None = Field(None, description="Low-rank adapters (arXiv 2106.09685); null: all weights are trained.")
     images_per_sample: int = Field(1, ge=1, description="Pairs of image and text in a sample, each in its own form.")
     mixture: Mixture = Mixture()
@@ -348,7 +350,7 @@ class PixelDecoderArguments(Arguments):
 
     output_dir: str = Field("runs/pixel_decoder", description=Arguments.model_fields["output_dir"].description)
     max_steps: int = Field(20_000, description="Optimizer steps; -1: `num_train_epochs` decides.")
-    per_device_train_batch_size: int = Field(16, ge=1, description="Samples a device and forward.")
+    per_device_train_batch_size: int = Field(16, ge=1, description="Samples per device and forward.")
     learning_rate: float = Field(1e-5, ge=0, description="Largest learning rate of AdamW.")
     lr_scheduler_type: str = Field(
         "constant_with_warmup", description=Arguments.model_fields["lr_scheduler_type"].description

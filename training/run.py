@@ -233,7 +233,8 @@ def main(
     parser.usage = "lavit train [STAGE] RECIPE [KEY=VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="e.g. training_arguments.max_steps=100")
-    parser.epilog = f"stages: {', '.join(stages)} (a recipe says its own as `stage`)"
+    shipped = sorted(path.stem for folder in recipe_folders for path in folder.glob("*.yaml"))
+    parser.epilog = f"recipes: {', '.join(shipped)}\nstages: {', '.join(stages)} (a recipe says its own as `stage`)"
     options = parser.parse_args(arguments)
     name, overrides, stage = options.recipe, options.overrides, None
     if name in stages and overrides and "=" not in overrides[0]:

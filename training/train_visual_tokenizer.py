@@ -1,4 +1,4 @@
-"""Stage 1: selector, merger, quantizer and the decoder that proves them (paper section 3.1, Eq. 1-4).
+"""Stage 1: selector, merger and quantizer, with the decoder that reconstructs features (paper section 3.1, Eq. 1-4).
 
 The encoder is frozen. Loss: `1 - cos` between the encoder's features and those that the decoder rebuilds from the
 kept tokens, plus `λ (ρ - mean keep)²`; first without quantization, then with it (EMA codebook started by k-means).

@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -816,6 +817,8 @@ class LavitLoadingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object
             folder = Path(cls.download(str(source), **kwargs))
         check_pipeline_folder(folder, kwargs.get("variant"), given=kwargs.keys())
         kwargs = {name: value for name, value in kwargs.items() if name not in HUB_OPTIONS}
+        if "model" not in kwargs and has_variant(folder, kwargs.get("variant")):
+            kwargs["model"] = load_model_variant(folder, **kwargs)
         pipe = super().from_pretrained(folder, **kwargs)
         pipe.register_to_config(_name_or_path=str(source))
         return pipe
@@ -877,12 +880,29 @@ def needed_files(index: dict, files: list[str], variant: str | None, given) -> I
         patterns = AT_ROOT.get(name, (f"{name}/*",))
         found = [file for file in files if any(fnmatch(file, pattern) for pattern in patterns)]
         stems = {file: weights_of(file.rsplit("/", 1)[-1]) for file in found}
-        has_variant = variant is not None and any(which == f".{variant}" for _, which in stems.values())
-        wanted = f".{variant}" if has_variant else None
+        in_variant = variant is not None and any(which == f".{variant}" for _, which in stems.values())
+        wanted = f".{variant}" if in_variant else None
         is_json = (".json", ".jinja", ".model", ".txt", ".safetensors")
         yield from (
             file for file in found if file.endswith(is_json) and stems[file][1] == wanted or not stems[file][0]
         )
+
+
+def has_variant(folder: Path, variant: str | None) -> bool:
+    """Whether the model's weights are there in a variant."""
+    return variant is not None and any(weights_of(file.name)[1] == f".{variant}" for file in folder.glob("model*"))
+
+
+def load_model_variant(folder: Path, variant: str, dtype=None, torch_dtype=None, **kwargs):
+    """The model of a pipeline's folder, which diffusers would load without its variant, as it lies at the root.
+
+    `dtype`, also by its older name, is that of diffusers' `from_pretrained`: one, or one for each component.
+    """
+    library, class_name = read_index(folder)["model"]
+    dtype = torch_dtype if dtype is None else dtype
+    if isinstance(dtype, dict):
+        dtype = dtype.get("model", dtype.get("default"))
+    return getattr(import_module(library), class_name).from_pretrained(folder, variant=variant, dtype=dtype)
 
 
 def component_names(index: dict) -> list[str]:
@@ -970,7 +990,7 @@ class LavitSavingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object)
         Args:
             save_directory: created if it does not exist.
             safe_serialization: always true: weights are saved as safetensors only.
-            variant: goes into the names of diffusers' weight files ("fp16"); the model's are looked up without.
+            variant: goes into the names of the weight files ("fp16"): those of other variants stay beside them.
             max_shard_size: largest weight file ("5GB").
             push_to_hub: also upload the folder; `kwargs` are those of [`push_to_hub`], `repo_id` is the
                 folder's name by default.
@@ -1031,8 +1051,7 @@ class LavitSavingMixin(diffusers.DiffusionPipeline if TYPE_CHECKING else object)
             options = {}
             if hasattr(component, "state_dict"):
                 options["max_shard_size"] = max_shard_size or "10GB"
-                # diffusers looks for variants in the components' folders only
-                options["variant"] = None if name in AT_ROOT else variant
+                options["variant"] = variant
             component.save_pretrained(folder if name in AT_ROOT else folder / name, **options)
 
 
@@ -1225,7 +1244,8 @@ class LavitPixelsMixin(DiffusionPipeline if TYPE_CHECKING else object):
         with self._calls.begin(one_at_a_time=self._takes_turns, join=True) as call:
             # LoRA's scale is set in the UNet's layers for the time of a call
             lock = self._calls.turn if getattr(self.unet, "peft_config", None) else None
-            unet = DecodingUNet(self.unet, len(latents), mask, tuple(decoder_guidance_interval), lock)
+            start, stop = decoder_guidance_interval
+            unet = DecodingUNet(self.unet, len(latents), mask, (start, stop), lock)
             denoiser = LavitDenoiser.of(self, call, unet)
             return denoiser(
                 **{name: value.to(self.unet.dtype) for name, value in conditions.items()},
@@ -1438,7 +1458,7 @@ class LavitTokensMixin(DiffusionPipeline if TYPE_CHECKING else object):
         lengths = is_code.sum(1)
         if not lengths.all():
             empty = (lengths == 0).nonzero().flatten().tolist()
-            raise ValueError(f"images {empty} were left without visual tokens: allow more, or ask for more at least")
+            raise ValueError(f"images {empty} have no visual tokens: raise max_image_tokens or min_image_tokens")
         return LavitVisualTokens(codes=vocabulary.codes_of(ids[is_code]), lengths=lengths)
 
     @torch.no_grad()
@@ -1455,8 +1475,7 @@ class LavitTokensMixin(DiffusionPipeline if TYPE_CHECKING else object):
 
         Args:
             image: an image or a list of them, as [`LavitImageProcessor`] takes them.
-            selection, keep_ratio, keep, target_quality: which patches are kept, or as few as are decoded well enough,
-                see [`LavitVisualTokenizer.select`].
+            selection, keep_ratio, keep, target_quality: which patches are kept, see [`LavitVisualTokenizer.select`].
             reference_compat: convert images to RGB as the reference does, see [`LavitImageProcessor`].
         """
         if isinstance(image, list | tuple) and not image:
@@ -1950,7 +1969,7 @@ class LavitBlock(ModularPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return type(self).__doc__.strip()
+        return (type(self).__doc__ or "").strip()
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -1961,7 +1980,7 @@ class LavitBlock(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components, state):
-        block_state = self.get_block_state(state)
+        block_state: Any = self.get_block_state(state)
         pipe = LavitPipeline(**{name: getattr(components, name, None) for name in COMPONENTS})
         pipe.set_progress_bar_config(**self._progress_bar_options)
         for name, value in self.run(pipe, block_state.as_dict()).items():
@@ -2019,14 +2038,13 @@ class LavitImageToTokens(LavitBlock):
 class LavitTokens(ConditionalPipelineBlocks):
     """Visual tokens of a prompt or of an image, or those that are given."""
 
-    model_name = "lavit"
     block_classes = [LavitPromptToTokens, LavitImageToTokens]
     block_names = ["prompt", "image"]
     block_trigger_inputs = ["prompt", "image"]
 
     @property
     def description(self) -> str:
-        return type(self).__doc__.strip()
+        return (type(self).__doc__ or "").strip()
 
     def select_block(self, prompt=None, image=None) -> str | None:
         if prompt is not None and image is not None:
@@ -2167,7 +2185,6 @@ class LavitBlocks(SequentialPipelineBlocks):
     As a workflow: "text2image", "reconstruction", "decoding", each with the blocks and the components that it needs.
     """
 
-    model_name = "lavit"
     block_classes = [LavitTokens, LavitConditions, LavitLatents, LavitDenoise, LavitDecode]
     block_names = ["tokens", "conditions", "latents", "denoise", "decode"]
     _workflow_map = {
@@ -2178,7 +2195,7 @@ class LavitBlocks(SequentialPipelineBlocks):
 
     @property
     def description(self) -> str:
-        return type(self).__doc__.strip().splitlines()[0]
+        return (type(self).__doc__ or "").strip().splitlines()[0]
 
 
 # -------- pipeline_text_to_image.py
@@ -2240,6 +2257,9 @@ class LavitTextToImagePipeline(Pipeline):
         Returns:
             A PIL image for each prompt (a list with `num_images_per_prompt`), in a list if `prompt` is a batch; an
             iterator over them if it is a generator or a dataset.
+
+        Raises:
+            ValueError: those of [`LavitPipeline`].
         """
         if isinstance(prompt, Iterator | Dataset):
             size = 0 if isinstance(prompt, Iterator) else len(prompt)  # pyright: ignore[reportArgumentType]

@@ -384,8 +384,9 @@ def push_folder(
             folder = Path(source)
             texts = {README: make_card(folder, repo_id), **named_files(folder, repo_id)}
             theirs = {name: read_file(api, repo_id, name, revision) for name in texts}
-            if theirs[README] is not None:
-                texts[README] = merge_cards(theirs[README], texts[README])
+            card = theirs[README]
+            if card is not None:
+                texts[README] = merge_cards(card, texts[README])
             if source == temporary:
                 for name, text in texts.items():
                     (folder / name).write_text(text, encoding="utf-8")
@@ -2803,10 +2804,10 @@ class LavitTokenOutputMixin(PreTrainedModel if TYPE_CHECKING else object):
     """Takes generated ids apart, and decodes images."""
 
     def split_segments(self, ids: torch.Tensor | list[int]) -> list[tuple[str, torch.Tensor]]:
-        """One row of ids to its parts in order: `("text", ids)` and `("image", codes)`, codes from 0 on.
+        """One row of ids (L,) to its parts in order: `("text", ids)` and `("image", codes)`, 1-D, codes from 0 on.
 
-        `[IMG]` and `[/IMG]` are left out, an image without codes (a slot) too. Code ids belong to an image also where
-        no `[IMG]` stands before them, as in what `generate(generation_mode="image")` returns.
+        `[IMG]` and `[/IMG]` are left out, and so is an image without codes (a slot). Codes belong to an image even if
+        no `[IMG]` precedes them, as in what `generate(generation_mode="image")` returns.
         """
         vocabulary = self.config.vocabulary
         segments: list[tuple[str, list[int]]] = []
@@ -4800,26 +4801,26 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- for message in messages -%}
     {%- set content = message.content or "" -%}
-    {%- set blocks = [{"type": "text", "text": content}] if content is string else content -%}
+    {%- set content = [{"type": "text", "text": content}] if content is string else content -%}
     {%- if generation_mode == "image" -%}
-        {%- for block in blocks -%}
+        {%- for block in content -%}
             {{- written(block) -}}
         {%- endfor -%}
     {%- elif message.role == "assistant" -%}
         {{- " Answer:" if state.asked -}}
         {%- generation -%}
             {{- " " if state.asked -}}
-            {{- joined(blocks) + "\\n" -}}
+            {{- joined(content) + "\\n" -}}
         {%- endgeneration -%}
         {%- set state.asked = false -%}
     {%- elif message.role == "system" -%}
         {{- "\\n" if state.asked -}}
-        {{- joined(blocks) + "\\n" -}}
+        {{- joined(content) + "\\n" -}}
         {%- set state.asked = false -%}
     {%- else -%}
         {{- "\\n" if state.asked -}}
         {%- set state.asked = false -%}
-        {%- for block in blocks -%}
+        {%- for block in content -%}
             {%- if block.type != "text" or block.text | trim -%}
                 {{- "Question:" if block.type == "text" and not state.asked -}}
                 {%- set state.asked = state.asked or block.type == "text" -%}
@@ -5468,10 +5469,10 @@ class LavitPostProcessingMixin(ProcessorMixin):
     vocabulary: LavitVocabulary
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
-        """As the tokenizer's, and images show: `[IMG:56 codes]` where codes are, `<image>` for an empty slot.
+        """As the tokenizer's, with marks for images: `[IMG:56 codes]` for codes, `<image>` for an empty slot.
 
-        `[IMG:12...` is an image without its end so far. It has no space, so that a `TextStreamer` of transformers, if
-        it is given this processor instead of its tokenizer, prints the mark of an image once it is complete. With
+        `[IMG:12...` is an image whose end has not come yet. It has no space, so that a `TextStreamer` of transformers
+        that is given this processor instead of its tokenizer prints the mark of an image once it is complete. With
         `skip_special_tokens=True` images are left out.
 
         Args:
@@ -5531,6 +5532,9 @@ class LavitPostProcessingMixin(ProcessorMixin):
             generation_mode: `None` or `"text"`: a string. `"image"`: the codes, counted from 0 and cut at the first
                 `[/IMG]`, 1-D int64. `"interleaved"`: a list of strings and codes in order.
             kwargs: of the tokenizer's `decode`.
+
+        Raises:
+            ValueError: an unknown mode.
         """
         if generation_mode is None or generation_mode == "text":
             return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
@@ -5575,6 +5579,9 @@ class LavitPostProcessingMixin(ProcessorMixin):
             generated_outputs: ids (batch, length), or the decoded strings.
             input_ids: the prompts, if `generated_outputs` start with them: they are taken off, id by id.
             reference_compat: cut at the first full stop even within "st. james church" or "3.5".
+
+        Raises:
+            ValueError: the ids do not start with `input_ids`, or belong to another number of prompts.
         """
         texts = self._decoded(generated_outputs, input_ids)
         if reference_compat:
@@ -5597,6 +5604,7 @@ class LavitPostProcessingMixin(ProcessorMixin):
             lemmatize: lower case, nouns and verbs in their base form, as VQA scores are computed by the reference.
 
         Raises:
+            ValueError: the ids do not start with `input_ids`, or belong to another number of prompts.
             ImportError: `lemmatize` without the package `spacy`.
             OSError: `lemmatize` without spaCy's model `en_core_web_sm`.
         """
@@ -5626,7 +5634,7 @@ class LavitPostProcessingMixin(ProcessorMixin):
     def _decoded(self, generated_outputs: Any, input_ids: Any) -> list[str]:
         if not _are_id_rows(generated_outputs):
             if input_ids is not None:
-                raise ValueError("input_ids go with generated ids: from texts take the prompts off before")
+                raise ValueError("input_ids go with generated ids: take the prompts off texts before")
             texts = [generated_outputs] if isinstance(generated_outputs, str) else list(generated_outputs)
             return [text.strip() for text in texts]
         rows = _rows(generated_outputs)

@@ -205,10 +205,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
     parser.add_argument("--data", required=True, help="image folder with name, style and split columns")
     parser.add_argument("--classifier", required=True, help="folder of the classifier")
-    parser.add_argument("--count", type=int, default=200, help="images of the train split (default 200)")
-    parser.add_argument("--seeds", type=int, default=3, help="draws for each held-out prompt (default 3)")
+    parser.add_argument("--count", type=int, default=200, help="images of the train split (default: 200)")
+    parser.add_argument("--seeds", type=int, default=3, help="drawings for each held-out prompt (default: 3)")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--sheet", type=Path, help="PNG: prompts, originals, drawings, reconstructions")
+    parser.add_argument(
+        "--sheet", type=Path, help="PNG file for a sheet of prompts, originals, drawings and reconstructions"
+    )
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     classifier = Classifier.load(options.classifier)

@@ -14,6 +14,7 @@ from .common import Parser, model_source, positive_number, seed_number
 
 EMOJI_REPORT = "modeling_lavit.evaluation.emoji.report"
 JAVA_METRICS = ("METEOR", "SPICE")
+FORMATS = ("float16", "bfloat16", "int8", "int4")
 PROTOCOLS = ("official", "lavit", "lmms-eval")
 
 EPILOG = """\
@@ -61,6 +62,10 @@ def build_parser() -> Parser:
     _add_tokens(add("tokens", tokens, "the visual tokens of a folder's images", 32, "images"))
     _add_retrieval(
         add("retrieval", retrieval, "images found by their captions, and captions by their images", 16, "images")
+    )
+
+    _add_formats(
+        add("formats", formats, "what half precision and quantized weights change in codes and captions", 32, "images")
     )
 
     kinds.add_parser("emoji", help="the embedded checkpoint's own report", add_help=False)
@@ -133,6 +138,13 @@ def _add_retrieval(kind: Parser) -> None:
     kind.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="reference captions")
     kind.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     kind.add_argument("--split", help="of annotations that have some (default: test)")
+
+
+def _add_formats(kind: Parser) -> None:
+    kind.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of images")
+    kind.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=FORMATS, metavar="F", help=f"of {', '.join(FORMATS)} (all)"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -292,6 +304,25 @@ def retrieval(options: argparse.Namespace) -> None:
         limit=options.limit,
         seed=options.seed,
         run_model=model_runner(options, "retrieval.TextScorer", "image"),
+    )
+    _print(options.output, results)
+
+
+def formats(options: argparse.Namespace) -> None:
+    """`lavit evaluate formats`"""
+    if options.ray is not None:
+        raise ValueError("--ray: formats are compared in one process")
+    from modeling_lavit.evaluation.formats import evaluate_formats
+
+    results = evaluate_formats(
+        options.images,
+        options.output,
+        model_source(options),
+        formats=tuple(options.formats),
+        device=options.device,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        seed=options.seed,
     )
     _print(options.output, results)
 

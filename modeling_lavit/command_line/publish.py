@@ -1,11 +1,13 @@
-"""`lavit push` and `lavit verify`: a folder to the Hub, and the code of one from there."""
+"""`lavit push`, `lavit verify`, `lavit lift` and `lavit put-back`: what is done with whole folders."""
 
 import argparse
 from pathlib import Path
 
+from .common import model_source, one_line, read_image
+
 
 def add_commands(add):
-    """The two subcommands; `add` as in [`build_parser`]."""
+    """The subcommands of this file; `add` as in [`build_parser`]."""
     command = add(
         "push",
         push,
@@ -34,6 +36,28 @@ def add_commands(add):
     command.add_argument("source", metavar="FOLDER_OR_REPO", help="saved folder, or repository on the Hub")
     command.add_argument("--revision", metavar="BRANCH_OR_COMMIT", help="of the repository (default: main)")
     command.add_argument("--token", help="of the Hub (default: that of hf auth login)")
+    command = add(
+        "lift",
+        lift,
+        "write the language model of a checkpoint as a stock one",
+        "Writes a LlamaForCausalLM with its text tokenizer, for others to tune with their own tools.",
+        "lavit lift llama --model me/mine",
+        loads_model=False,
+    )
+    command.add_argument("folder", metavar="FOLDER", type=Path, help="where the language model goes")
+    command.add_argument("--model", metavar="PATH_OR_REPO", help="(default: the embedded checkpoint lavit-emoji)")
+    command = add(
+        "put-back",
+        put_back,
+        "write a checkpoint anew with a tuned language model in it",
+        "Compares names and shapes of all weights, describes an image with the new checkpoint, and writes it.",
+        "lavit put-back llama --model me/mine --image apple.png -o tuned",
+        loads_model=False,
+    )
+    command.add_argument("language_model", metavar="LLAMA", help="folder or repository of the tuned language model")
+    command.add_argument("--model", metavar="PATH_OR_REPO", help="what it was lifted out of (default: lavit-emoji)")
+    command.add_argument("--image", metavar="IMG", required=True, help="what the new checkpoint describes at once")
+    command.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="a new folder")
 
 
 def push(options: argparse.Namespace):
@@ -80,3 +104,21 @@ def verify(options: argparse.Namespace):
         print(f"{reference}: names code that is not of this package")
     if not verdict.is_ours:
         raise SystemExit(1)
+
+
+def lift(options: argparse.Namespace):
+    """`lavit lift`"""
+    source = model_source(options)
+    from modeling_lavit.publishing.language_model import lift_language_model
+
+    model = lift_language_model(source, options.folder)
+    print(f"{options.folder}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+def put_back(options: argparse.Namespace):
+    """`lavit put-back`"""
+    image, source = read_image(options.image), model_source(options)
+    from modeling_lavit.publishing import language_model
+
+    caption = language_model.put_back(options.language_model, source, options.output, image)
+    print(f"{options.output}: it says of {options.image}: {one_line(caption)}")

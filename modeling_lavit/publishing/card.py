@@ -104,6 +104,7 @@ def model_card(
         training={name: value for name, value in training.items() if name not in ("base_model", "datasets")},
         losses="losses.png" if training and (extras / "losses.png").is_file() else None,
         results=[_row(result) for result in results],
+        formats=_formats(extras),
         notice=notice,
         licences=_licences(extras),
         code=_code(folder),
@@ -237,7 +238,8 @@ def _metadata(
         base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         metadata["base_model"] = base if REPOSITORY_NAME.fullmatch(base or "") else None
     if metadata["base_model"]:
-        metadata["base_model_relation"] = "adapter" if kind == "adapter" else "finetune"
+        quantized = kind != "decoder" and "quantization_config" in _kind(folder)[1]
+        metadata["base_model_relation"] = "adapter" if kind == "adapter" else "quantized" if quantized else "finetune"
     widget = [
         {"text": file.stem, "output": {"url": f"examples/{file.name}"}}
         for file in sorted((extras / "examples").glob("*.png"))
@@ -285,6 +287,12 @@ def _results(extras: Path) -> list[dict]:
         if {"dataset", "metric", "protocol", "task"} <= result.keys() and isinstance(result.get("score"), float | int):
             results.append(result)
     return results
+
+
+def _formats(extras: Path) -> dict | None:
+    """What `lavit evaluate formats` found."""
+    found = [read_json_object(file) for file in sorted((extras / "evaluation").glob("**/*.json"))]
+    return next((result for result in found if result.get("task") == "formats"), None)
 
 
 def _training(extras: Path) -> dict:

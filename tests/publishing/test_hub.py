@@ -225,10 +225,20 @@ def test_half_precision_files_load_in_single_precision_unless_asked_otherwise(fo
     assert LavitPipeline.from_pretrained(tmp_path, dtype=torch.float16).model.dtype == torch.float16
 
 
-def test_a_variant_loads_again(folder, drawn, tmp_path):
-    LavitPipeline.from_pretrained(folder).save_pretrained(tmp_path, variant="mine")
-    assert (tmp_path / "unet" / "diffusion_pytorch_model.mine.safetensors").is_file()
-    assert draw(LavitPipeline.from_pretrained(tmp_path, variant="mine")) == drawn
+def test_a_variant_lies_beside_the_other_weights_and_loads_again(folder, drawn, tmp_path):
+    pipe = LavitPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path)
+    pipe.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
+    for name in ("model", "unet/diffusion_pytorch_model", "detokenizer/model"):
+        dtypes = [load_file(tmp_path / f"{name}{variant}.safetensors") for variant in ("", ".bf16")]
+        assert [next(iter(weights.values())).dtype for weights in dtypes] == [torch.float32, torch.bfloat16]
+    assert draw(LavitPipeline.from_pretrained(tmp_path)) == drawn
+    halved = LavitPipeline.from_pretrained(tmp_path, variant="bf16")
+    assert halved.model.dtype == torch.float32
+    assert torch.equal(halved.model.lm_head.weight, pipe.model.lm_head.weight.float())
+    assert LavitPipeline.from_pretrained(tmp_path, variant="bf16", dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path, variant="bf16")
+    assert torch.equal(model.lm_head.weight, pipe.model.lm_head.weight)
 
 
 def test_only_safetensors_are_written(pipe, tmp_path):
