@@ -8,7 +8,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-slow test-versions test-extras test-peers test-serve test-app test-vllm bench generate images style types docs
+.PHONY: help demo test test-slow test-versions test-extras test-peers test-serve test-app test-vllm bench checkpoint generate images style types docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-extras    installs each extra of setup.py beside constraints.txt, and tries it"
 	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
+	@echo "make checkpoint  makes the embedded checkpoint from scratch: images, teachers, all stages; PROFILE=gpu"
 	@echo "make images  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
 	@echo "make generate  set up, then write the code and the card of the embedded checkpoint again"
@@ -111,6 +112,18 @@ images: $(INSTALLED)
 	$(call SHOW,codebook) --data $(DATA)
 	$(call SHOW,kept) --data $(DATA)
 	$(call SHOW,reconstructions) --data $(DATA)
+
+# hours on CPUs; what is complete stays, what was cut goes on
+checkpoint: PROFILE := cpu
+checkpoint: RUNS := runs/checkpoint
+checkpoint: export OMP_NUM_THREADS ?= 1
+checkpoint: $(INSTALLED)
+	$(BIN)/python -m modeling_lavit.training.emoji.prepare_images --output data/emoji
+	$(BIN)/python -m modeling_lavit.training.emoji.prepare_images --output data/emoji_all --categories all
+	$(BIN)/python -m modeling_lavit.training.emoji.checkpoint --profile $(PROFILE) --runs $(RUNS) --output $(RUNS)/lavit-emoji
+	$(BIN)/lavit evaluate emoji --model $(RUNS)/lavit-emoji --data data/emoji --classifier $(RUNS)/classifier/final \
+	    --output $(RUNS)/evaluation.json --sheet $(RUNS)/samples.png
+	$(BIN)/lavit show reconstructions --data data/emoji --model $(RUNS)/lavit-emoji -o $(RUNS)/reconstructions.png
 
 # warnings are errors, such as a link to a page or heading that is not there
 docs: export HF_HUB_OFFLINE := 1

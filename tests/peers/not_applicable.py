@@ -32,8 +32,6 @@ NOT_APPLICABLE: dict[str, dict[str, str]] = {
         "peer_models.py::LavitModelTest::test_*generate_dict_output": KEPT,
         "peer_models.py::LavitModelTest::test_greedy_generate_dict_outputs": KEPT,
         "peer_models.py::LavitModelTest::test_generate_with_and_without_position_ids": GROWS,
-        "peer_models.py::LavitModelTest::test_assisted_decoding*": "assisted generation with images is refused with a "
-        "message; LavitTextModelTest runs it",
         "peer_pipelines.py::test_pipeline?AnyToAnyPipelineTests*": "the task needs torchvision, which does not come "
         "with this package; test_pipeline_tasks.py runs it",
         "peer_models.py::*::test_resize_tokens_embeddings": "drops ids: codes are the last ones, and a model without "

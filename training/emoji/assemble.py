@@ -6,7 +6,6 @@ name=value …]`
 
 import argparse
 import json
-import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,16 +67,6 @@ def load_in_float32(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def link_code(folder: Path) -> None:
-    """Replaces copies of this checkout's code in a checkpoint folder by links to it: the code has one home."""
-    root = Path(__file__).resolve().parents[2]
-    for copy in folder.resolve().rglob("*.py"):
-        for source in (root / "modeling_lavit" / copy.name, root / "processing" / copy.name):
-            if source.is_file() and not copy.is_symlink():
-                copy.unlink()
-                copy.symlink_to(os.path.relpath(source, copy.parent))
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--language-model", type=Path, nargs="+", required=True, help="of several the mean is taken")
@@ -87,11 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draft-images", help="image folder: drawing looks up its images' codes ahead")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--default", nargs="*", default=[], help="e.g. num_inference_steps=10")
-    parser.add_argument("--link-code", action="store_true", help="link to this checkout's code instead of copying it")
     options = parser.parse_args(arguments)
     defaults = {name: yaml.safe_load(value) for name, _, value in (entry.partition("=") for entry in options.default)}
-    for link in filter(Path.is_symlink, options.output.rglob("*.py")):
-        link.unlink()
     with TemporaryDirectory() as folder:
         mean, whole = Path(folder) / "mean", Path(folder) / "whole"
         average(options.language_model, options.shares, mean)
@@ -108,8 +94,6 @@ def main(arguments: list[str] | None = None) -> None:
             pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
         pipe.save_pretrained(options.output)
     load_in_float32(options.output)
-    if options.link_code:
-        link_code(options.output)
 
 
 if __name__ == "__main__":
