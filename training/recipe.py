@@ -95,7 +95,7 @@ class Data(Source):
 
     validation: Annotated[float | str | None, AfterValidator(_share_or_split)] = Field(
         None,
-        description="Split, or share of the rows (of a stream: a split), not trained on; evaluated every `eval_steps`.",
+        description="Split, or share of the rows (not of a stream), not trained on; evaluated every `eval_steps`.",
     )
 
 
