@@ -44,11 +44,6 @@ VISUAL_SIZES = (
     *("merger_num_hidden_layers", "merger_num_attention_heads", "merger_is_causal", "merge_dropped"),
     *("attention_epsilon", "selection"),
 )
-# Settings of the released scripts, for new models.
-PAPER_PRESETS = {
-    "caption": {"num_beams": 2, "min_new_tokens": 8, "max_new_tokens": 36},
-    "answer": {"num_beams": 5, "min_new_tokens": 2, "max_new_tokens": 10, "length_penalty": 0.0},
-}
 
 
 class LanguageModelTraining(TrainingModel):
@@ -255,7 +250,6 @@ def from_language_model(
     model, processor = assemble_model(pretrained.config, text_tokenizer, visual_tokenizer, recipe)
     model.model.language_model.load_state_dict(pretrained.model.state_dict())
     model.lm_head.load_state_dict(pretrained.lm_head.state_dict())
-    model.generation_config.generation_presets = PAPER_PRESETS
     return model, processor
 
 
