@@ -16,28 +16,32 @@ class Way:
         name: as the table says it.
         run: does it once; a string that it returns is a remark for the table.
         work: how much one run does, where the two ways do different amounts (floating-point operations).
+        cpu_clock: CPU seconds so far, of this process or of the one that does the work.
     """
 
     name: str
     run: Callable[[], Any]
     work: float = 1.0
+    cpu_clock: Callable[[], float] = time.process_time
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     remark: str | None = None
 
     def time_once(self):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), self.cpu_clock()
         result = self.run()
         self.seconds.append(time.perf_counter() - started)
+        self.cpu_seconds.append(self.cpu_clock() - cpu_started)
         self.remark = result if isinstance(result, str) else None
 
     @property
     def median(self) -> float:
+        """Wall seconds."""
         return statistics.median(self.seconds)
 
     @property
-    def rate(self) -> float:
-        """Work per second."""
-        return self.work / self.median
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu_seconds)
 
 
 @dataclass
@@ -70,21 +74,26 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        return self.ours.rate / self.other.rate
+        """Of speeds, or of rates of work, by CPU time: other processes of the machine change it least."""
+        return self.ours.work / self.other.work * self.other.cpu_median / self.ours.cpu_median
+
+    @property
+    def wall_ratio(self) -> float:
+        return self.ours.work / self.other.work * self.other.median / self.ours.median
 
     @property
     def spread(self) -> tuple[float, float]:
         """The least and the greatest ratio of one repeat."""
         ratios = [
             self.ours.work / ours / (self.other.work / other)
-            for ours, other in zip(self.ours.seconds, self.other.seconds, strict=True)
+            for ours, other in zip(self.ours.cpu_seconds, self.other.cpu_seconds, strict=True)
         ]
         return min(ratios), max(ratios)
 
 
 @dataclass
 class Curve:
-    """Seconds of one thing at growing sizes.
+    """CPU seconds of one thing at growing sizes.
 
     Args:
         size_name: what grows.
@@ -102,7 +111,7 @@ class Curve:
         for _ in range(repeats):
             for way in ways.values():
                 way.time_once()
-        self.seconds = {size: way.median for size, way in ways.items()}
+        self.seconds = {size: way.cpu_median for size, way in ways.items()}
 
     def release(self):
         """Lets go of the models that were measured."""

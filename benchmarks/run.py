@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from benchmarks.earlier import Skipped
+from benchmarks.full_width import FULL_DEPTH, derived
 from benchmarks.measure import Comparison, Curve
 from benchmarks.memory import peak_memory
 from benchmarks.rows import CURVES, ROWS, Options
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     diffusers.logging.set_verbosity_error()
     sizes = Options(**{name: getattr(options, name) for name in Options.__dataclass_fields__})
+    torch.set_num_threads(1)
     results = Results(options)
     with torch.no_grad():
         for name in options.only or names:
@@ -73,6 +75,7 @@ class Results:
         parts = (
             machine(self.options),
             comparison_table(self.comparisons) if self.comparisons else None,
+            derived_table(self.comparisons),
             curve_table(self.curves) if self.curves else None,
             memory_table(self.peaks) if self.peaks else None,
             *(f"Skipped: {name}. {reason}" for name, reason in self.skipped.items()),
@@ -128,24 +131,37 @@ def machine(options: argparse.Namespace) -> str:
 
 def comparison_table(comparisons: dict[str, Comparison]) -> str:
     lines = [
-        "| row | what | first way | second way | first, s | second, s | ratio (least, most) | target |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | what | first way | second way | first, s | second, s | ratio (least, most) | of wall time | target |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in comparisons.items():
         least, most = one.spread
         cells = [name, ROWS[name].__doc__]
         cells += [f"{way.name}, {way.remark}" if way.remark else way.name for way in (one.ours, one.other)]
-        cells += [f"{way.median:.3g}" for way in (one.ours, one.other)]
-        cells += [f"**{one.ratio:.2f}** ({least:.2f}, {most:.2f})", "" if one.target is None else f"{one.target}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells += [f"{way.cpu_median:.3g}" for way in (one.ours, one.other)]
+        cells += [f"**{one.ratio:.2f}** ({least:.2f}, {most:.2f})", f"{one.wall_ratio:.2f}"]
+        lines.append(f"| {' | '.join([*cells, '' if one.target is None else f'{one.target}'])} |")
     lines.append(
-        "\nThe ratio is of speeds, first to second; of the rates of arithmetic where the two do different work."
+        "\nSeconds are CPU seconds of one thread; the ratio is of speeds by them, first to second, or of the rates of "
+        "arithmetic where the two do different work."
     )
     return "\n".join(lines)
 
 
+def derived_table(comparisons: dict[str, Comparison]) -> str | None:
+    """Drawing at full depth; None where its rows were not measured."""
+    lines = [
+        f"| eight codes at {FULL_DEPTH} layers, derived from 2 and 4 | ours, s | two passes, s | ratio |",
+        "|---|---|---|---|",
+    ]
+    for one in derived(comparisons):
+        ours, other = one.seconds("ours"), one.seconds("other")
+        lines.append(f"| {one.name} | {ours:.3g} | {other:.3g} | **{other / ours:.2f}** |")
+    return "\n".join(lines) if len(lines) > 2 else None
+
+
 def curve_table(curves: dict[str, Curve]) -> str:
-    lines = ["| row | what | seconds at each size |", "|---|---|---|"]
+    lines = ["| row | what | CPU seconds at each size |", "|---|---|---|"]
     lines += [f"| {name} | {CURVES[name].__doc__} | {describe(one)} |" for name, one in curves.items()]
     return "\n".join(lines)
 
@@ -174,7 +190,7 @@ def plot(comparisons: dict[str, Comparison], path: Path) -> None:
         if one.target is not None:
             axes.plot([one.target, one.target], [height - 0.4, height + 0.4], color="#e45756")
     axes.axvline(1, color="#999999", linewidth=0.8)
-    axes.set_xlabel("speed of the first way / of the second; red: the ratio asked for")
+    axes.set_xlabel("speed of the first way / of the second, by CPU time; red: the ratio asked for")
     figure.savefig(path, dpi=150)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from .compat_lavit import CACHE_NAME
+from .compat_lavit import CACHE_NAME, cache_kwargs
 from .decoding_lavit import LavitDraw, grows_freely
 from .layers_lavit import take_rows
 from .logits_lavit import image_state
@@ -235,6 +235,27 @@ class LavitFilledPrompt:
                 )
             cache.batch_select_indices(rows.to(self.input_ids.device))
         tell_positions(cache, None)
+
+    def compute_once(self, model, rows_of_prompt: int) -> Cache:
+        """Computes all positions of the prompts but the last, once for all rows that go on from them.
+
+        transformers repeats the prompts for every beam and draw, and computes them as often.
+        """
+        ids, embeds = self.input_ids[:, :-1], self.inputs_embeds
+        mask = self.attention_mask[:, :-1]
+        cache = DynamicCache(config=model.config.text_config)
+        model(
+            input_ids=ids if embeds is None else None,
+            inputs_embeds=None if embeds is None else embeds[:, :-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            logits_to_keep=1,
+            logit_range=(0, 1),
+            use_cache=True,
+            **cache_kwargs(cache),
+        )
+        cache.batch_repeat_interleave(rows_of_prompt)
+        return cache
 
     def wrap(self, call: dict[str, Any], drawn: LavitDraw, rows_of_prompt: int) -> None:
         """Shows the caller's processors, stopping criteria and streamer ids as the caller has them."""

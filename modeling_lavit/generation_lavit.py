@@ -34,6 +34,10 @@ from .slots_lavit import pad, unpad
 
 MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
+# positions from which on a prompt is computed once for all its beams or draws; that is a forward more, which a shorter
+# prompt is not worth
+SHARED_LENGTH = 32
+
 
 class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
     """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
@@ -232,9 +236,12 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             "inputs_embeds": filled.inputs_embeds,
         }
         rows_of_prompt = self._chosen(config, "num_return_sequences") or 1
+        decoded = max(rows_of_prompt, self._beams(config))
         if filled.cache is not None:
-            filled.take_cache(filled.cache, max(rows_of_prompt, self._beams(config)))
+            filled.take_cache(filled.cache, decoded)
             call[CACHE_NAME] = filled.cache
+        elif decoded > 1 and self._shares_prompts(filled, config, call, drawn):
+            call[CACHE_NAME] = filled.compute_once(self, decoded)
         max_length = self._chosen(config, "max_length")
         if config.max_new_tokens is None and max_length is not None:
             if max_length <= filled.caller_ids.shape[1]:
@@ -245,6 +252,22 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         if config.min_length:
             config.min_length += filled.added
         filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
+
+    def _shares_prompts(
+        self, filled: LavitFilledPrompt, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw
+    ) -> bool:
+        """Whether several rows of a prompt go on from one computation of it: a short one is not worth a forward more,
+        and what is asked for beside ids is of all positions."""
+        unusual = ("assistant_model", "custom_generate", "position_ids")
+        settings = ("cache_implementation", "output_attentions", "output_hidden_states", "prefill_chunk_size")
+        settings += ("prompt_lookup_num_tokens", "return_dict_in_generate")
+        return (
+            filled.input_ids.shape[1] >= SHARED_LENGTH
+            and self._chosen(config, "use_cache") is not False
+            and not drawn.reference_compat
+            and not any(call.get(name) is not None for name in unusual)
+            and not any(self._chosen(config, name) for name in settings)
+        )
 
     def _begin_text(self, config: GenerationConfig) -> torch.Tensor:
         """The prompt of a call without one, as in transformers: the id that begins texts."""

@@ -16,16 +16,13 @@ from fnmatch import fnmatch
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import diffusers
-import transformers
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from huggingface_hub import HfApi, hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from .atomic_lavit import weights_of
-from .compat_lavit import AutoImageProcessor
 from .loading_lavit import (
     HUB_OPTIONS,
     build_on_meta,
@@ -36,7 +33,7 @@ from .loading_lavit import (
     read_weight_map,
     wrong_shapes,
 )
-from .saving_lavit import DIFFUSERS_CODE, GENERATION_AUTO_CLASSES, TRANSFORMERS_CODE
+from .saving_lavit import DIFFUSERS_CODE, TRANSFORMERS_CODE
 
 
 INDEX = "model_index.json"
@@ -50,72 +47,10 @@ AT_ROOT = {
 DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def register_classes(
-    model, generation_model, visual_tokenizer, detokenizer, image_processor, processor, pipeline, blocks, unet, vae
-):
-    """Makes classes known to the Auto classes and to diffusers."""
-    for model_class in (model, visual_tokenizer, detokenizer):
-        config_class = model_class.config_class
-        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        transformers.AutoModel.register(config_class, model_class, exist_ok=True)
-    config_class = generation_model.config_class
-    for auto_class in GENERATION_AUTO_CLASSES:
-        getattr(transformers, auto_class).register(config_class, generation_model, exist_ok=True)
-    AutoImageProcessor.register(config_class, image_processor_classes={"pil": image_processor}, exist_ok=True)
-    transformers.AutoProcessor.register(config_class, processor, exist_ok=True)
-    # diffusers looks the components' classes up in the two libraries
-    for library, classes in (
-        (transformers, (generation_model, detokenizer, processor)),
-        (diffusers, (pipeline, blocks, unet, vae)),
-    ):
-        for known in classes:
-            setattr(library, known.__name__, known)
-
-
-def load_without_flag(pipeline, blocks):
-    """Lets diffusers' `from_pretrained(folder)` use `pipeline`, or `blocks` for a modular one, which are imported, not
-    the folder's copy.
-
-    transformers' Auto classes have this rule (a registered class wins over a repository's code); diffusers has no
-    registry for pipelines, and asks for `trust_remote_code=True` wherever a folder names code.
-    """
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["lavit"] = pipeline  # pyright: ignore[reportArgumentType]
-    base, auto = diffusers.DiffusionPipeline, diffusers.AutoPipelineForText2Image
-    load, load_config = base.from_pretrained.__func__, auto.load_config.__func__
-    named = [DIFFUSERS_CODE, pipeline.__name__]
-
-    def from_pretrained(cls, source, **kwargs):
-        if cls is base:
-            try:
-                where = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if name in kwargs}
-                index = read_index(source, **where)
-            except OSError:
-                # diffusers says what is wrong
-                index = {}
-            if isinstance(index.get("_class_name"), list):
-                component_names(index)
-            if index.get("_class_name") == named:
-                return pipeline.from_pretrained(source, **kwargs)
-        return load(cls, source, **kwargs)
-
-    def load_plain_config(cls, *args, **kwargs):
-        config = load_config(cls, *args, **kwargs)
-        return {**config, "_class_name": named[1]} if config.get("_class_name") == named else config
-
-    base_blocks = diffusers.ModularPipelineBlocks
-    load_blocks = base_blocks.from_pretrained.__func__
-
-    def blocks_from_pretrained(cls, source, **kwargs):
-        if cls is base_blocks:
-            where = {name: kwargs[name] for name in (*DOWNLOAD_OPTIONS, "subfolder") if name in kwargs}
-            config: Any = cls.load_config(source, **where)
-            if config.get("auto_map", {}).get(cls.__name__) == f"{DIFFUSERS_CODE}.{blocks.__name__}":
-                return blocks()
-        return load_blocks(cls, source, **kwargs)
-
-    base.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
-    auto.load_config = classmethod(load_plain_config)  # pyright: ignore[reportAttributeAccessIssue]
-    base_blocks.from_pretrained = classmethod(blocks_from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
+def register_pipeline(*classes: type) -> None:
+    """Lets diffusers find a pipeline and its components' classes by name: it looks in its own module."""
+    for known in classes:
+        setattr(diffusers, known.__name__, known)
 
 
 def read_index(source: str | os.PathLike, **where) -> dict:

@@ -86,6 +86,30 @@ def requested(
     return tuple(layer if index in asked else None for index, layer in enumerate(layers))
 
 
+class FewRowsLinear(nn.Linear):
+    """As its base class; for a few rows on a CPU in float32 it multiplies in the other order, which is faster.
+
+    MKL packs the matrix of weights anew for every product of the usual order with 3 to 8 rows (measured on an AMD
+    EPYC: `python -m benchmarks.run --only few_rows`). Those are the rows of a step that draws two to four images with
+    guidance, or reads as many with two beams. Small matrices lie in the cache, and gain nothing.
+    """
+
+    ROWS = range(3, 9)
+    LEAST_WEIGHTS = 2**21
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.numel() // self.in_features
+        if rows not in self.ROWS or self.weight.numel() < self.LEAST_WEIGHTS or torch.compiler.is_compiling():
+            return super().forward(input)
+        # a sharded or quantized weight is of another type
+        plain = type(self.weight) is nn.Parameter and input.dtype == self.weight.dtype == torch.float32
+        if not plain or self.weight.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(input)
+        output = (self.weight @ input.reshape(rows, -1).T).T.contiguous()
+        output = output if self.bias is None else output + self.bias
+        return output.reshape(*input.shape[:-1], -1)
+
+
 class LavitAttention(nn.Module):
     """Multi-head attention, of a sequence to itself (`qkv` in one matrix) or to a context."""
 

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .compat_lavit import CACHE_NAME, cache_kwargs
 from .configuration_lavit import LavitConfig
 from .generation_lavit import LavitGenerationMixin
-from .layers_lavit import take_rows
+from .layers_lavit import FewRowsLinear, take_rows
 from .loading_lavit import HUB_OPTIONS, StrictLoadingMixin
 from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from .saving_lavit import SavedWithCodeMixin
@@ -137,6 +137,9 @@ class LavitModel(LavitPreTrainedModel):
             self.visual_tokenizer.requires_grad_(False)
             self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        for module in self.language_model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FewRowsLinear
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import Pipeline
@@ -42,6 +41,9 @@ class LavitTextToImagePipeline(Pipeline):
                 "text-to-image needs the folder or repository of the other components: pass it as `model`, "
                 "or use LavitPipeline with components"
             )
+        # takes seconds: whoever only reads images does without
+        from diffusers import DiffusionPipeline
+
         self.decoder: Any = DiffusionPipeline.from_pretrained(
             source,
             model=self.model,

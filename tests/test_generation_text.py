@@ -160,6 +160,41 @@ def test_a_batch_of_images_is_described_as_each_alone(model, settings):
         assert together[index, 5:].tolist() == alone[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+)
+def test_a_long_prompt_is_computed_once_for_all_its_rows(model, settings):
+    rows = [[1, BOI, EOI, *range(3, 33)], [BOI, EOI, *range(3, 38)]]
+    read = {**left_padded(rows), "pixel_values": tiny_images(2), "max_new_tokens": 6, **settings}
+    computed, images = [], []
+
+    def count_rows(module, args, kwargs):
+        given = kwargs["input_ids"] if kwargs["inputs_embeds"] is None else kwargs["inputs_embeds"]
+        computed.append(tuple(given.shape[:2]))
+
+    def count_images(module, args, kwargs):
+        images.append(len(kwargs["inputs_embeds"]))
+
+    parts = {model.model.language_model: count_rows, model.model.visual_tokenizer.encoder.encoder: count_images}
+    hooks = [part.register_forward_pre_hook(count, with_kwargs=True) for part, count in parts.items()]
+    try:
+        shared = model.generate(**read, generator=seeded(0))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (prompts, positions), (rows_that_go_on, step) = computed[:2]
+    assert (prompts, step) == (2, 1) and positions > 32 and rows_that_go_on > 2
+    assert images == [2]
+    # what is returned of every position is computed for every row
+    apart = model.generate(**read, generator=seeded(0), return_dict_in_generate=True)
+    assert torch.equal(shared, apart.sequences)
+
+
 def test_text_reads_continuous_features_and_equals_steps_of_forward(model):
     pixels, ids = tiny_images(1), torch.tensor([[1, BOI, EOI, 40]])
     new = model.generate(ids, pixel_values=pixels, max_new_tokens=5, eos_token_id=None)[0, 4:].tolist()

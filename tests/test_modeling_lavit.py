@@ -22,6 +22,7 @@ from tiny import (
 from transformers import AutoModel, AutoModelForImageTextToText, LlamaForCausalLM, StaticCache
 
 from modeling_lavit import LavitForConditionalGeneration, LavitModel, LavitVisualTokenizer
+from modeling_lavit.layers_lavit import FewRowsLinear
 
 
 LIFT = {r"^model\.language_model\.": "model."}
@@ -393,3 +394,18 @@ def test_the_vocabulary_maps_both_ways_and_refuses_what_is_no_code():
     for wrong in (lambda: vocabulary.ids_of(24), lambda: vocabulary.codes_of(torch.tensor([CODE, EOI]))):
         with pytest.raises(ValueError, match="go from"):
             wrong()
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 1), (2, 4), (9, 1)])
+def test_few_rows_are_multiplied_as_by_any_linear_layer(shape):
+    torch.manual_seed(0)
+    few = FewRowsLinear(1024, 2048)
+    plain = torch.nn.Linear(1024, 2048)
+    plain.load_state_dict(few.state_dict())
+    inputs = torch.randn(*shape, 1024)
+    with torch.no_grad():
+        output = few(inputs)
+        torch.testing.assert_close(output, plain(inputs))
+    trained = few(inputs)
+    assert torch.equal(trained, plain(inputs)) and trained.requires_grad
+    assert output.is_contiguous()

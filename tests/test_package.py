@@ -159,3 +159,44 @@ def test_constraints_pin_every_direct_dependency(wheel):
     }
     assert needed and needed - pinned == set()
     assert "torch==2.13.*" in lines
+
+
+READ = """
+import sys
+from PIL import Image
+from modeling_lavit import LavitForConditionalGeneration, LavitProcessor
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+
+model = LavitForConditionalGeneration.from_pretrained(LAVIT_EMOJI).eval()
+processor = LavitProcessor.from_pretrained(LAVIT_EMOJI)
+model.generate(**processor(images=Image.new("RGB", (64, 64), "red")), generation_preset="caption")
+print(sorted(name for name in sys.modules if name.split(".")[0] == "diffusers"))
+"""
+
+DRAW = """
+import pickle, sys
+{first}
+import diffusers
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from transformers import pipeline
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+
+assert diffusers.LavitPipeline is modeling_lavit.LavitPipeline
+assert diffusers.LavitPatchAutoencoder.__module__ == "modeling_lavit.small_decoder_lavit"
+for auto in (DiffusionPipeline, AutoPipelineForText2Image):
+    assert type(auto.from_pretrained(LAVIT_EMOJI)) is modeling_lavit.LavitPipeline
+assert type(pipeline("text-to-image", model=str(LAVIT_EMOJI)).decoder) is modeling_lavit.LavitPipeline
+assert pickle.loads(pickle.dumps(modeling_lavit.LavitPipeline)) is modeling_lavit.LavitPipeline
+assert not hasattr(diffusers, "LavitNothing") and not hasattr(modeling_lavit, "LavitNothing")
+from modeling_lavit import *
+print(LavitUNet2DConditionModel.__name__, set(modeling_lavit.__all__) <= set(dir(modeling_lavit)))
+"""
+
+
+def test_reading_an_image_imports_no_diffusers():
+    assert run_python(READ, ROOT).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("first", ["import modeling_lavit", "import diffusers, modeling_lavit"])
+def test_diffusers_finds_the_classes_whichever_is_imported_first(first):
+    assert run_python(DRAW.format(first=first), ROOT).splitlines()[-1] == "LavitUNet2DConditionModel True"

@@ -1965,6 +1965,30 @@ def requested(
     return tuple(layer if index in asked else None for index, layer in enumerate(layers))
 
 
+class FewRowsLinear(nn.Linear):
+    """As its base class; for a few rows on a CPU in float32 it multiplies in the other order, which is faster.
+
+    MKL packs the matrix of weights anew for every product of the usual order with 3 to 8 rows (measured on an AMD
+    EPYC: `python -m benchmarks.run --only few_rows`). Those are the rows of a step that draws two to four images with
+    guidance, or reads as many with two beams. Small matrices lie in the cache, and gain nothing.
+    """
+
+    ROWS = range(3, 9)
+    LEAST_WEIGHTS = 2**21
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.numel() // self.in_features
+        if rows not in self.ROWS or self.weight.numel() < self.LEAST_WEIGHTS or torch.compiler.is_compiling():
+            return super().forward(input)
+        # a sharded or quantized weight is of another type
+        plain = type(self.weight) is nn.Parameter and input.dtype == self.weight.dtype == torch.float32
+        if not plain or self.weight.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(input)
+        output = (self.weight @ input.reshape(rows, -1).T).T.contiguous()
+        output = output if self.bias is None else output + self.bias
+        return output.reshape(*input.shape[:-1], -1)
+
+
 class LavitAttention(nn.Module):
     """Multi-head attention, of a sequence to itself (`qkv` in one matrix) or to a context."""
 
@@ -2461,6 +2485,27 @@ class LavitFilledPrompt:
             cache.batch_select_indices(rows.to(self.input_ids.device))
         tell_positions(cache, None)
 
+    def compute_once(self, model, rows_of_prompt: int) -> Cache:
+        """Computes all positions of the prompts but the last, once for all rows that go on from them.
+
+        transformers repeats the prompts for every beam and draw, and computes them as often.
+        """
+        ids, embeds = self.input_ids[:, :-1], self.inputs_embeds
+        mask = self.attention_mask[:, :-1]
+        cache = DynamicCache(config=model.config.text_config)
+        model(
+            input_ids=ids if embeds is None else None,
+            inputs_embeds=None if embeds is None else embeds[:, :-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            logits_to_keep=1,
+            logit_range=(0, 1),
+            use_cache=True,
+            **cache_kwargs(cache),
+        )
+        cache.batch_repeat_interleave(rows_of_prompt)
+        return cache
+
     def wrap(self, call: dict[str, Any], drawn: LavitDraw, rows_of_prompt: int) -> None:
         """Shows the caller's processors, stopping criteria and streamer ids as the caller has them."""
         if self.is_as_given:
@@ -2814,6 +2859,10 @@ class LavitTokenOutputMixin(PreTrainedModel if TYPE_CHECKING else object):
 
 MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
 
+# positions from which on a prompt is computed once for all its beams or draws; that is a forward more, which a shorter
+# prompt is not worth
+SHARED_LENGTH = 32
+
 
 class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
     """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
@@ -3012,9 +3061,12 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             "inputs_embeds": filled.inputs_embeds,
         }
         rows_of_prompt = self._chosen(config, "num_return_sequences") or 1
+        decoded = max(rows_of_prompt, self._beams(config))
         if filled.cache is not None:
-            filled.take_cache(filled.cache, max(rows_of_prompt, self._beams(config)))
+            filled.take_cache(filled.cache, decoded)
             call[CACHE_NAME] = filled.cache
+        elif decoded > 1 and self._shares_prompts(filled, config, call, drawn):
+            call[CACHE_NAME] = filled.compute_once(self, decoded)
         max_length = self._chosen(config, "max_length")
         if config.max_new_tokens is None and max_length is not None:
             if max_length <= filled.caller_ids.shape[1]:
@@ -3025,6 +3077,22 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
         if config.min_length:
             config.min_length += filled.added
         filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
+
+    def _shares_prompts(
+        self, filled: LavitFilledPrompt, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw
+    ) -> bool:
+        """Whether several rows of a prompt go on from one computation of it: a short one is not worth a forward more,
+        and what is asked for beside ids is of all positions."""
+        unusual = ("assistant_model", "custom_generate", "position_ids")
+        settings = ("cache_implementation", "output_attentions", "output_hidden_states", "prefill_chunk_size")
+        settings += ("prompt_lookup_num_tokens", "return_dict_in_generate")
+        return (
+            filled.input_ids.shape[1] >= SHARED_LENGTH
+            and self._chosen(config, "use_cache") is not False
+            and not drawn.reference_compat
+            and not any(call.get(name) is not None for name in unusual)
+            and not any(self._chosen(config, name) for name in settings)
+        )
 
     def _begin_text(self, config: GenerationConfig) -> torch.Tensor:
         """The prompt of a call without one, as in transformers: the id that begins texts."""
@@ -4139,6 +4207,9 @@ class LavitModel(LavitPreTrainedModel):
             self.visual_tokenizer.requires_grad_(False)
             self.understanding = LavitUnderstanding(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        for module in self.language_model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = FewRowsLinear
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_lavit.lazy_lavit import DIFFUSERS_CLASSES
 from modeling_lavit.saving_lavit import DIFFUSERS_CODE, TRANSFORMERS_CODE
 
 
@@ -24,7 +25,7 @@ PROCESSING = next(p for p in (PACKAGE / "processing", PACKAGE.parent / "processi
 VERSIONS = "compat_lavit"
 ROOTS = {
     TRANSFORMERS_CODE: ("modeling_lavit", "modeling_lavit_detokenizer", "processing_lavit"),
-    DIFFUSERS_CODE: ("blocks_lavit", "pipeline_text_to_image", "small_decoder_lavit"),
+    DIFFUSERS_CODE: ("blocks_lavit", "pipeline_text_to_image", "small_decoder_lavit", "registering_lavit"),
 }
 LIBRARY = {TRANSFORMERS_CODE: "transformers", DIFFUSERS_CODE: "diffusers"}
 DOCSTRING = '''\
@@ -211,7 +212,7 @@ def _assemble(code: str, modules: list[Module], shared: list[str]) -> str:
     parts += [_body(module) for module in modules if module.name != VERSIONS]
     if code == DIFFUSERS_CODE:
         arguments = "".join(f"    {argument}={name},\n" for argument, name in _registered().items())
-        parts.append(f"register_classes(\n{arguments})")
+        parts.append(f"register_models(\n{arguments})\nregister_pipeline({', '.join(DIFFUSERS_CLASSES)})")
     text = parts[0] + "\n\n" + "\n\n\n".join(part for part in parts[1:] if part) + "\n"
     _check(code, text, {what[0].split(".")[0] for what in imports.values()})
     return text
@@ -292,10 +293,10 @@ def _member_order(name: str) -> tuple:
 
 
 def _registered() -> dict[str, str]:
-    """What the package's own file makes known by [`register_classes`]: argument -> class."""
+    """What the package's own file makes known by [`register_models`]: argument -> class."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     calls = (node.value for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
-    call = next(call for call in calls if ast.unparse(call.func) == "register_classes")
+    call = next(call for call in calls if ast.unparse(call.func) == "register_models")
     return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg}
 
 
