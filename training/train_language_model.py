@@ -21,10 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from modeling_lavit.configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
-from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration, LavitInputs
+from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.processing import LavitImageProcessor, LavitProcessor
-from modeling_lavit.slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from modeling_lavit.slots_lavit import LavitInputs, check_slots, fill_slots, find_slots, pad, unpad
 from modeling_lavit.training.data.augmentation import SampleNoise, augment, normalize_images
 from modeling_lavit.training.data.datasets import SourceStream, load_data, load_source
 from modeling_lavit.training.data.packing import pack
