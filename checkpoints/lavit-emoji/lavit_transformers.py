@@ -3391,7 +3391,7 @@ class LavitGenerationSettingsMixin(PreTrainedModel if TYPE_CHECKING else object)
                 raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
         for name in ("top_p", "typical_p"):
             value = self._chosen(config, name)
-            if value is not None and (not isinstance(value, Real) or not 0 < value <= 1):
+            if value is not None and (not isinstance(value, Real) or not 0 < float(value) <= 1):
                 raise ValueError(f"{name} must be a share above 0 and up to 1, which means all, got {value!r}")
 
     def _beams(self, config: GenerationConfig) -> int:
@@ -3515,15 +3515,14 @@ class LavitRunMixin(LavitGenerationSettingsMixin, LavitDraftMixin, GenerationMix
         """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand
         behind a prompt that may be embeddings, and a cache that was given holds the beginning."""
         if is_first_iteration:
-            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-            if embedded and input_ids.shape[1] > embedded:
-                candidates = self.get_input_embeddings()(input_ids[:, embedded:])
+            if inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1] > 0:
+                candidates = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
                 inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds)], dim=1)
             cache = kwargs.get(CACHE_NAME)
             cached = cache.get_seq_length() if cache is not None else 0
             if next_sequence_length is None and 0 < cached < input_ids.shape[1]:
                 next_sequence_length = input_ids.shape[1] - cached
-        return super().prepare_inputs_for_generation(
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             next_sequence_length=next_sequence_length,
             inputs_embeds=inputs_embeds,
@@ -3534,7 +3533,7 @@ class LavitRunMixin(LavitGenerationSettingsMixin, LavitDraftMixin, GenerationMix
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
         # an assistant has embeddings of its own
         kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
-        return super()._get_candidate_generator(*args, **kwargs)
+        return super()._get_candidate_generator(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
         # transformers wants a protocol here that its own models do not fill, as in `generate`
