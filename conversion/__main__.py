@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from modeling_lavit.command_line.common import Parser
+
 
 DTYPES = ("float32", "float16", "bfloat16")
 DESCRIPTION = """\
@@ -13,14 +15,9 @@ The directory is that of rain1011/LaVIT-7B or -7B-v2: visual_tokenizer/, languag
 highres_pixel_decoding/. The folder appears whole at the end, or not at all. Errors are one line, exit code 2."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The arguments, see `--help`."""
-    parser = _Parser(
+    parser = Parser(
         prog="lavit convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("official", metavar="OFFICIAL_DIR", help="the downloaded checkpoint")

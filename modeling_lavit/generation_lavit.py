@@ -2,44 +2,25 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateOutput
 
 from .compat_lavit import CACHE_NAME, pop_cache
-from .decoding_lavit import Generators, LavitDecodingLoop, LavitDraw
-from .drafts_lavit import LavitDraftMixin
-from .filling_lavit import LavitFilledPrompt, LavitPrompt, begin_images, fill_prompt
-from .generation_settings_lavit import (
-    IMAGE_SETTINGS,
-    PIPELINE_SETTINGS,
-    LavitGenerationSettingsMixin,
-    guidance_of_rows,
-)
-from .logits_lavit import LavitGrammarLogitsProcessor, LavitRangeLogitsProcessor, image_state
+from .decoding_lavit import Generators, LavitDraw
+from .filling_lavit import LavitPrompt, fill_prompt
+from .generation_settings_lavit import IMAGE_SETTINGS, PIPELINE_SETTINGS
+from .image_generation_lavit import LavitImageGenerationMixin
+from .logits_lavit import LavitRangeLogitsProcessor
 from .outputs_lavit import LavitTokenOutputMixin
 from .slots_lavit import pad, unpad
 
 
-MaybeTensor = TypeVar("MaybeTensor", torch.Tensor, torch.Tensor | None)
-
-# positions from which on a prompt is computed once for all its beams or draws; that is a forward more, which a shorter
-# prompt is not worth
-SHARED_LENGTH = 32
-
-
-class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, LavitDraftMixin, GenerationMixin):
+class LavitGenerationMixin(LavitImageGenerationMixin, LavitTokenOutputMixin):
     """Adds the three generation modes to `GenerationMixin`; everything that transformers offers for text stays."""
 
     @torch.no_grad()
@@ -170,15 +151,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             return self._generate_each(write, prompt, config, drawn, call)
         return write(prompt, config, drawn, call)
 
-    def _on_device(self, tensor: MaybeTensor) -> MaybeTensor:
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise ValueError(
-                f"ids, masks and pixels must be tensors, got {type(tensor).__name__}: "
-                'ask the processor for return_tensors="pt"'
-            )
-        # an offloaded model is on meta: its hooks move the inputs
-        return tensor if tensor is None or self.device.type == "meta" else tensor.to(self.device)
-
     def _generate_text(
         self, prompt: LavitPrompt, config: GenerationConfig, drawn: LavitDraw, call: dict[str, Any]
     ) -> torch.Tensor | GenerateOutput:
@@ -221,54 +193,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             return output
         return filled.give_back(output, with_prompt=True, num_prompt_ids=None if "input_ids" in call else 0)
 
-    def _hand_over(
-        self, filled: LavitFilledPrompt, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw
-    ) -> None:
-        """Gives a filled prompt to `GenerationMixin.generate`, and everyone who counts ids the caller's."""
-        self._check_context(filled.longest, 1)
-        if call.get("position_ids") is not None and not filled.is_as_given:
-            raise ValueError(
-                "images lengthen the prompts: position_ids of the prompts as they are given do not fit. Leave them out"
-            )
-        call |= {
-            "input_ids": filled.input_ids,
-            "attention_mask": filled.attention_mask,
-            "inputs_embeds": filled.inputs_embeds,
-        }
-        rows_of_prompt = self._chosen(config, "num_return_sequences") or 1
-        decoded = max(rows_of_prompt, self._beams(config))
-        if filled.cache is not None:
-            filled.take_cache(filled.cache, decoded)
-            call[CACHE_NAME] = filled.cache
-        elif decoded > 1 and self._shares_prompts(filled, config, call, drawn):
-            call[CACHE_NAME] = filled.compute_once(self, decoded)
-        max_length = self._chosen(config, "max_length")
-        if config.max_new_tokens is None and max_length is not None:
-            if max_length <= filled.caller_ids.shape[1]:
-                raise ValueError(
-                    f"max_length {max_length} leaves no room: the prompt has {filled.caller_ids.shape[1]} ids"
-                )
-            config.max_length = max_length + filled.added
-        if config.min_length:
-            config.min_length += filled.added
-        filled.wrap(call, drawn, 1 if self._beams(config) > 1 else rows_of_prompt)
-
-    def _shares_prompts(
-        self, filled: LavitFilledPrompt, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw
-    ) -> bool:
-        """Whether several rows of a prompt go on from one computation of it: a short one is not worth a forward more,
-        and what is asked for beside ids is of all positions."""
-        unusual = ("assistant_model", "custom_generate", "position_ids")
-        settings = ("cache_implementation", "output_attentions", "output_hidden_states", "prefill_chunk_size")
-        settings += ("prompt_lookup_num_tokens", "return_dict_in_generate")
-        return (
-            filled.input_ids.shape[1] >= SHARED_LENGTH
-            and self._chosen(config, "use_cache") is not False
-            and not drawn.reference_compat
-            and not any(call.get(name) is not None for name in unusual)
-            and not any(self._chosen(config, name) for name in settings)
-        )
-
     def _begin_text(self, config: GenerationConfig) -> torch.Tensor:
         """The prompt of a call without one, as in transformers: the id that begins texts."""
         bos_token_id = self._chosen(config, "bos_token_id")
@@ -297,138 +221,6 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             parts.append(write(one, copy.deepcopy(config), own, its_call))
         rows = [row for part in parts for row in part]
         return pad(rows, config.pad_token_id, "right")[0]
-
-    def _run(
-        self, config: GenerationConfig, call: dict[str, Any], drawn: LavitDraw, loop: LavitDecodingLoop | None
-    ) -> torch.Tensor | GenerateOutput:
-        """Has transformers prepare inputs, cache and processors, and decode too unless a `loop` is given."""
-        if loop is not None:
-            tokenizer = call.pop("tokenizer", None)
-            if config.stop_strings is not None and tokenizer is not None:
-                # transformers hands a tokenizer to its own decoding methods alone
-                call["stopping_criteria"].append(StopStringCriteria(tokenizer, config.stop_strings))
-                config.stop_strings = None
-            return super().generate(generation_config=config, custom_generate=loop, **call)  # pyright: ignore[reportAttributeAccessIssue]
-        sampling = self._chosen(config, "do_sample")
-        seeded = drawn.global_generators(self.device) if sampling else nullcontext()
-        with seeded:
-            return super().generate(generation_config=config, streamer=drawn.streamer, **call)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _generate_images(
-        self,
-        prompt: LavitPrompt,
-        config: GenerationConfig,
-        drawn: LavitDraw,
-        call: dict[str, Any],
-        *,
-        generation_mode: str,
-        guidance_scale: float | Sequence[float] | torch.Tensor,
-        limits: tuple[int, int],
-        draft_length: int,
-    ) -> torch.Tensor | GenerateOutput:
-        if prompt.input_ids is None or "inputs_embeds" in call:
-            raise ValueError(f"generation_mode {generation_mode!r} needs input_ids, without inputs_embeds")
-        image_mode, beams = generation_mode == "image", self._beams(config)
-        if image_mode:
-            prompt = begin_images(prompt, self.config.vocabulary, config.pad_token_id)
-        filled = fill_prompt(self, prompt, config.pad_token_id, discrete=True, brackets=not drawn.reference_compat)
-        prompts = len(filled.caller_ids)
-        repeats = self._chosen(config, "num_return_sequences") or 1
-        scales = guidance_of_rows(guidance_scale, prompts, repeats)
-        negative_ids = call.pop("negative_prompt_ids", None)
-        negative_mask = call.pop("negative_prompt_attention_mask", None)
-        if negative_ids is not None and not (scales is not None and image_mode and beams == 1):
-            raise ValueError("negative_prompt_ids need generation_mode 'image', a guidance_scale and no beams")
-        with_images = bool(self.config.vocabulary.is_code(filled.input_ids[:, filled.cached :]).any())
-        longest_ids = filled.longest
-        if scales is not None and beams == 1:
-            filled.add_streams(self._unconditional_rows(filled, negative_ids, negative_mask), config.pad_token_id)
-        self._hand_over(filled, config, call, drawn)
-        del call["inputs_embeds"]
-        self._limit_images(filled, image_mode, config, limits, drawn, call, longest_ids, with_images)
-
-        loop = None
-        if beams == 1:
-            loop = drawn.loop(
-                self.config.vocabulary,
-                config.pad_token_id,
-                prompts * repeats,
-                guidance_scale=scales,
-                restart_unconditional=not image_mode,
-                drafter=self._known_images() if draft_length else None,
-                draft_length=draft_length,
-                keeps_rows=prompt.cache is not None,
-            )
-        elif scales is not None and not drawn.reference_compat:
-            raise ValueError("guidance_scale and num_beams: the unconditional stream cannot follow beams, choose one")
-        elif scales is not None:
-            # quirk 9: in transformers' own guidance the unconditional cache stays as it is when beams are reordered
-            config.guidance_scale = float(scales[0])
-            begin = filled.input_ids.new_full((prompts * beams, 1), self.config.vocabulary.boi_token_id)
-            call["negative_prompt_ids"] = begin
-        output = self._run(config, call, drawn, loop)
-        return filled.give_back(output, with_prompt=not image_mode)
-
-    def _limit_images(
-        self,
-        filled: LavitFilledPrompt,
-        image_mode: bool,
-        config: GenerationConfig,
-        limits: tuple[int, int],
-        drawn: LavitDraw,
-        call: dict[str, Any],
-        longest: int,
-        with_images: bool,
-    ) -> None:
-        """Sets how much is written, and of which ids."""
-        vocabulary, width = self.config.vocabulary, filled.input_ids.shape[1]
-        if drawn.reference_compat:
-            # quirk 4: with visual ids in the prompts their length is the limit
-            config.min_new_tokens, config.max_new_tokens = limits[0], longest - 1 if with_images else limits[1]
-            allowed = LavitRangeLogitsProcessor((0, 3), (vocabulary.boi_token_id, vocabulary.size))
-            call["logits_processor"].append(allowed)
-        else:
-            if image_mode:
-                config.min_new_tokens, config.max_new_tokens = 0, limits[1] + 1
-            else:
-                config.max_new_tokens = self._interleaved_length(config, filled)
-            self._check_context(longest, config.max_new_tokens)
-            call["logit_range"] = (vocabulary.eoi_token_id if image_mode else 0, vocabulary.size)
-            call["logits_processor"].append(
-                LavitGrammarLogitsProcessor(vocabulary, *limits, width + config.max_new_tokens)
-            )
-        config.max_length = None
-        if image_mode:
-            config.eos_token_id = vocabulary.eoi_token_id
-
-    def _interleaved_length(self, config: GenerationConfig, filled: LavitFilledPrompt) -> int:
-        if config.max_new_tokens is not None:
-            return config.max_new_tokens
-        if config.max_length is not None:
-            return config.max_length - filled.input_ids.shape[1]
-        context = self.config.text_config.max_position_embeddings
-        return self.generation_config.max_new_tokens or context - filled.longest
-
-    def _unconditional_rows(
-        self,
-        filled: LavitFilledPrompt,
-        negative_ids: torch.Tensor | None,
-        negative_mask: torch.Tensor | None,
-    ) -> list[torch.Tensor]:
-        """What the unconditional streams begin with: the image under way from its `[IMG]` on, or a negative prompt.
-
-        Outside an image they are not looked at.
-        """
-        rows = unpad(filled.input_ids, filled.attention_mask)
-        if negative_ids is not None:
-            if len(negative_ids) != len(rows):
-                raise ValueError(f"{len(negative_ids)} negative prompts were given for {len(rows)} prompts")
-            return unpad(self._on_device(negative_ids), self._on_device(negative_mask))
-        starts = []
-        for row in rows:
-            inside, opened = image_state(row.unsqueeze(0), self.config.vocabulary)
-            starts.append(row[int(opened) :] if bool(inside) else row[-1:])
-        return starts
 
     def tokenize_prompt(
         self,
@@ -474,44 +266,3 @@ class LavitGenerationMixin(LavitGenerationSettingsMixin, LavitTokenOutputMixin, 
             config.max_new_tokens = self._image_limits(None, max_image_tokens, self._preset("image"))[1]
         config.allowed_ids = allowed_ids  # pyright: ignore[reportAttributeAccessIssue]
         return super().generate_batch(inputs, generation_config=config, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict[str, Any]:
-        """As in transformers, whose assisted decoding leaves two things to the model: its first candidates stand
-        behind a prompt that may be embeddings, and a cache that was given holds the beginning."""
-        if is_first_iteration:
-            embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-            if embedded and input_ids.shape[1] > embedded:
-                candidates = self.get_input_embeddings()(input_ids[:, embedded:])
-                inputs_embeds = torch.cat([inputs_embeds, candidates.to(inputs_embeds)], dim=1)
-            cache = kwargs.get(CACHE_NAME)
-            cached = cache.get_seq_length() if cache is not None else 0
-            if next_sequence_length is None and 0 < cached < input_ids.shape[1]:
-                next_sequence_length = input_ids.shape[1] - cached
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], **kwargs):
-        # an assistant has embeddings of its own
-        kwargs["model_kwargs"] = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
-        return super()._get_candidate_generator(*args, **kwargs)
-
-    def _get_logits_processor(self, generation_config: GenerationConfig, *args, **kwargs) -> LogitsProcessorList:
-        # transformers wants a protocol here that its own models do not fill, as in `generate`
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        # continuous batching takes no processors but those of its config
-        allowed_ids = getattr(generation_config, "allowed_ids", None)
-        if allowed_ids is not None:
-            processors.insert(0, LavitRangeLogitsProcessor(allowed_ids))
-        return processors

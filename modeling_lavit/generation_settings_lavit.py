@@ -109,7 +109,7 @@ class LavitGenerationSettingsMixin(PreTrainedModel if TYPE_CHECKING else object)
                 raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
         for name in ("top_p", "typical_p"):
             value = self._chosen(config, name)
-            if value is not None and (not isinstance(value, Real) or not 0 < value <= 1):
+            if value is not None and (not isinstance(value, Real) or not 0 < float(value) <= 1):
                 raise ValueError(f"{name} must be a share above 0 and up to 1, which means all, got {value!r}")
 
     def _beams(self, config: GenerationConfig) -> int:

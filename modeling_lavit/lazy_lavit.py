@@ -51,7 +51,7 @@ class ImportedLater(MetaPathFinder):
             spec = importlib.util.find_spec(name)
         finally:
             self.searching = False
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:

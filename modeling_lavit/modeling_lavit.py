@@ -4,14 +4,13 @@ Dimension letters: B prompts, L their length, N patches, C width of the visual t
 model, V ids in all, n kept patches of one image. Ids, masks and labels are int64.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import (
@@ -21,15 +20,16 @@ from transformers.models.auto.modeling_auto import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .base_lavit import LavitPreTrainedModel, of_vision
 from .compat_lavit import CACHE_NAME, cache_kwargs
 from .configuration_lavit import LavitConfig
 from .generation_lavit import LavitGenerationMixin
 from .layers_lavit import FewRowsLinear, take_rows
-from .loading_lavit import HUB_OPTIONS, StrictLoadingMixin
+from .loading_lavit import HUB_OPTIONS
 from .modeling_lavit_visual_tokenizer import LavitVisualTokenizer
-from .saving_lavit import SavedWithCodeMixin
 from .scoring_lavit import LavitScoringMixin
 from .slots_lavit import (
+    LavitInputs,
     LavitPositions,
     check_ids_and_mask,
     check_slots,
@@ -46,76 +46,6 @@ from .visual_tokens_lavit import LavitVisualTokens
 
 
 IGNORED_LABEL = -100
-
-
-@dataclass
-class LavitInputs:
-    """Prompts whose slots are filled, see [`LavitModel.expand_inputs`]; P positions.
-
-    Args:
-        input_ids: (B, P). Image features have no id: code 0 stands in for them.
-        inputs_embeds: (B, P, E).
-        attention_mask: (B, P), 0 on padding.
-        labels: (B, P) or None; -100 on image features and padding.
-        is_feature: (B, P) bool, where the image features are.
-        positions: where the ids of the prompts as they were given stand.
-        speaks: (B, L), the position that predicts what follows each of these ids: its own, but for a slot's `[IMG]`,
-            which the last feature of its image speaks for.
-    """
-
-    input_ids: torch.Tensor
-    inputs_embeds: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor | None
-    is_feature: torch.Tensor
-    positions: LavitPositions
-    speaks: torch.Tensor
-
-
-def of_vision(attn_implementation: str | None) -> str | None:
-    """An attention implementation for the visual tokenizer, where another is asked of the language model."""
-    return attn_implementation if attn_implementation in (None, "eager", "sdpa") else "sdpa"
-
-
-class LavitPreTrainedModel(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedModel):
-    config_class = LavitConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")  # pyright: ignore[reportAssignmentType]
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Blip2EncoderLayer", "LavitLayer", "LlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """As in transformers; an implementation that the visual tokenizer has not (flash, flex) is the language
-        model's alone, and the visual tokenizer computes by PyTorch's own attention."""
-        if isinstance(attn_implementation, str):
-            attn_implementation = {
-                "": attn_implementation,
-                "text_config": attn_implementation,
-                "visual_config": of_vision(attn_implementation),
-            }
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, LavitVisualTokenizer):
-                module.encoder.set_attn_implementation(module.config._attn_implementation)  # pyright: ignore[reportArgumentType]
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in transformers, but refuses to drop rows of visual ids.
-
-        A tokenizer has no strings for the codes, so `resize_token_embeddings(len(tokenizer))` would drop them all.
-        """
-        needed = self.config.vocabulary.size
-        if new_num_tokens is not None and new_num_tokens < needed:
-            raise ValueError(
-                f"resizing to {new_num_tokens} ids would drop visual tokens: {self.config.text_vocab_size} text ids, "
-                f"[IMG], [/IMG] and {self.config.visual_config.codebook_size} codes need {needed}"
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
 class LavitModel(LavitPreTrainedModel):

@@ -58,10 +58,10 @@ def gather_rows(hidden_states: torch.Tensor, chosen: torch.Tensor) -> tuple[torc
         hidden_states: (B, N, C). chosen: (B, N) bool.
 
     Returns:
-        rows (B, R, C), which of them are no padding (B, R) bool, and their places (B, R) int64.
+        rows (B, R, C), which of them are no padding (B, R) bool, and their positions (B, R) int64.
     """
-    places = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
-    return take_rows(hidden_states, places), chosen.gather(1, places), places
+    positions = chosen.int().argsort(dim=1, descending=True, stable=True)[:, : int(chosen.sum(1).max())]
+    return take_rows(hidden_states, positions), chosen.gather(1, positions), positions
 
 
 class LavitTokenMerger(nn.Module):
@@ -108,16 +108,16 @@ class LavitTokenMerger(nn.Module):
         hidden_states = features
         for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, context, self_allowed, cross_allowed)
-        self_allowed, is_kept, places = gather_rows(self_allowed[:, 0], kept)
-        hidden_states = self.layers[-1](hidden_states, context, self_allowed[:, None], cross_allowed, rows=places)
+        self_allowed, is_kept, positions = gather_rows(self_allowed[:, 0], kept)
+        hidden_states = self.layers[-1](hidden_states, context, self_allowed[:, None], cross_allowed, rows=positions)
         return self.norm(hidden_states[is_kept])
 
     def _merge_kept(self, features: torch.Tensor, kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        hidden_states, is_kept, places = gather_rows(features, kept)
-        earlier = torch.ones(places.shape[1], places.shape[1], dtype=mask.dtype, device=mask.device)
+        hidden_states, is_kept, positions = gather_rows(features, kept)
+        earlier = torch.ones(positions.shape[1], positions.shape[1], dtype=mask.dtype, device=mask.device)
         if self.config.merger_is_causal:
             earlier = earlier.tril()
-        self_allowed = mask.gather(1, places)[:, None, None] * earlier
+        self_allowed = mask.gather(1, positions)[:, None, None] * earlier
         # an image that keeps all patches has its cross attention over all of them, none allowed; a mask that learns
         # needs the kept ones too
         is_key = ~kept | kept.all(1, keepdim=True) | mask.requires_grad

@@ -174,3 +174,27 @@ def check_ids_and_mask(
             f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are {tuple(input_ids.shape)}: "
             "it needs a row for each prompt and a column for each id"
         )
+
+
+@dataclass
+class LavitInputs:
+    """Prompts whose slots are filled, see [`LavitModel.expand_inputs`]; P positions.
+
+    Args:
+        input_ids: (B, P). Image features have no id: code 0 stands in for them.
+        inputs_embeds: (B, P, E).
+        attention_mask: (B, P), 0 on padding.
+        labels: (B, P) or None; -100 on image features and padding.
+        is_feature: (B, P) bool, where the image features are.
+        positions: where the ids of the prompts as they were given stand.
+        speaks: (B, L), the position that predicts what follows each of these ids: its own, but for a slot's `[IMG]`,
+            which the last feature of its image speaks for.
+    """
+
+    input_ids: torch.Tensor
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor | None
+    is_feature: torch.Tensor
+    positions: LavitPositions
+    speaks: torch.Tensor

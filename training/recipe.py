@@ -94,7 +94,8 @@ class Data(Source):
     """What a stage is trained on, and validated on."""
 
     validation: Annotated[float | str | None, AfterValidator(_share_or_split)] = Field(
-        None, description="Split, or share of the rows, that is kept out of training and evaluated every `eval_steps`."
+        None,
+        description="Split, or share of the rows (not of a stream), not trained on; evaluated every `eval_steps`.",
     )
 
 

@@ -21,10 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from modeling_lavit.configuration_lavit import LavitConfig, LavitVisualTokenizerConfig
-from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration, LavitInputs
+from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.processing import LavitImageProcessor, LavitProcessor
-from modeling_lavit.slots_lavit import check_slots, fill_slots, find_slots, pad, unpad
+from modeling_lavit.slots_lavit import LavitInputs, check_slots, fill_slots, find_slots, pad, unpad
 from modeling_lavit.training.data.augmentation import SampleNoise, augment, normalize_images
 from modeling_lavit.training.data.datasets import SourceStream, load_data, load_source
 from modeling_lavit.training.data.packing import pack
@@ -44,11 +44,6 @@ VISUAL_SIZES = (
     *("merger_num_hidden_layers", "merger_num_attention_heads", "merger_is_causal", "merge_dropped"),
     *("attention_epsilon", "selection"),
 )
-# Settings of the released scripts, for new models.
-PAPER_PRESETS = {
-    "caption": {"num_beams": 2, "min_new_tokens": 8, "max_new_tokens": 36},
-    "answer": {"num_beams": 5, "min_new_tokens": 2, "max_new_tokens": 10, "length_penalty": 0.0},
-}
 
 
 class LanguageModelTraining(TrainingModel):
@@ -255,7 +250,6 @@ def from_language_model(
     model, processor = assemble_model(pretrained.config, text_tokenizer, visual_tokenizer, recipe)
     model.model.language_model.load_state_dict(pretrained.model.state_dict())
     model.lm_head.load_state_dict(pretrained.lm_head.state_dict())
-    model.generation_config.generation_presets = PAPER_PRESETS
     return model, processor
 
 

@@ -1309,7 +1309,8 @@ def _shift_and_spread(latents: torch.Tensor, config) -> tuple[torch.Tensor | flo
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return config.get("shift_factor"), None
-    return tuple(latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    shift, spread = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return shift, spread
 
 
 # begins elsewhere than in `forward`: offloading must bring the weights first

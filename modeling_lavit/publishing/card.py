@@ -237,8 +237,9 @@ def _metadata(
     if kind == "adapter":
         base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
         metadata["base_model"] = base if REPOSITORY_NAME.fullmatch(base or "") else None
+    metadata["base_model"] = given.get("base_model") or metadata["base_model"]
     if metadata["base_model"]:
-        quantized = kind != "decoder" and "quantization_config" in _kind(folder)[1]
+        quantized = "quantization_config" in _kind(folder)[1]
         metadata["base_model_relation"] = "adapter" if kind == "adapter" else "quantized" if quantized else "finetune"
     widget = [
         {"text": file.stem, "output": {"url": f"examples/{file.name}"}}

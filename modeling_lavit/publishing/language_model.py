@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -114,7 +115,7 @@ def describe(model: LavitForConditionalGeneration, processor, image: Image.Image
         ValueError: it says nothing, or its scores are no numbers.
     """
     inputs = processor(images=image, return_tensors="pt")
-    output = model.generate(
+    output: Any = model.generate(
         **inputs, generation_preset="caption", num_beams=1, output_logits=True, return_dict_in_generate=True
     )
     caption = processor.post_process_caption(output.sequences, input_ids=inputs["input_ids"])[0]

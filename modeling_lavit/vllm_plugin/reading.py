@@ -1,7 +1,8 @@
 """The part of a checkpoint that reads images: what vLLM's language model is given of them."""
 
+from modeling_lavit.base_lavit import LavitPreTrainedModel, of_vision
 from modeling_lavit.configuration_lavit import LavitConfig
-from modeling_lavit.modeling_lavit import LavitModel, LavitPreTrainedModel, of_vision
+from modeling_lavit.modeling_lavit import LavitModel
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.understanding_lavit import LavitUnderstanding
 

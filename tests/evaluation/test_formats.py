@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny import an_image, tiny_images, tiny_pipeline
+from tiny import an_image, seeded, tiny_pipeline
 
 from modeling_lavit import LavitForConditionalGeneration
+from modeling_lavit.checkpoints import LAVIT_EMOJI
 from modeling_lavit.command_line import main
 from modeling_lavit.evaluation.formats import changed_codes, load_in_format
 from modeling_lavit.publishing.card import model_card
@@ -41,12 +42,14 @@ def test_the_command_writes_what_the_card_says(folder, tmp_path):
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_quantized_weights_load_by_from_pretrained_alone(folder, tmp_path, name):
     pytest.importorskip("torchao.quantization")
-    model = load_in_format(str(folder), name, "cpu")
+    # int4 has groups of 32 weights, wider than some layers of the tiny model
+    model = load_in_format(str(folder if name == "int8" else LAVIT_EMOJI), name, "cpu")
     model.save_pretrained(tmp_path)
     loaded = LavitForConditionalGeneration.from_pretrained(tmp_path)
     weights = [one.model.language_model.layers[0].mlp.up_proj.weight for one in (model, loaded)]
     assert type(weights[0]) is type(weights[1]) is not torch.nn.Parameter
-    pixels = tiny_images(4).to(torch.bfloat16)
+    size = model.config.visual_config.image_size
+    pixels = torch.randn(2, 3, size, size, generator=seeded(0), dtype=torch.bfloat16)
     assert torch.equal(loaded.get_image_tokens(pixels).codes, model.get_image_tokens(pixels).codes)
     card = model_card(tmp_path, base_model="me/whole")
     assert "base_model_relation: quantized" in card

@@ -4,9 +4,10 @@ small model from learning few images by heart."""
 import torch
 from transformers import LlamaConfig
 
-from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration, LavitInputs
+from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.processing import LavitProcessor
+from modeling_lavit.slots_lavit import LavitInputs
 from modeling_lavit.training.data.augmentation import SampleNoise, augment, normalize_images
 from modeling_lavit.training.data.samples import Sequences
 from modeling_lavit.training.distributed import process_state
