@@ -128,6 +128,7 @@ def test_what_is_saved_loads_and_draws_the_same(pipe, results, tmp_path):
     LavitProcessor.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_folder_works_without_the_package(results, tmp_path):
     shutil.copytree(LAVIT_EMOJI, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("__pycache__"))
     done = subprocess.run(
