@@ -204,10 +204,10 @@ class TokenizerObjective(Section):
         0.0, description="Weight of the distance to the chosen code (VQ-VAE, arXiv 1711.00937); the paper has none."
     )
     quantize_from: Share | None = Field(
-        0.5, description="Share of the run after which codes are used (issues 10, 29: not at first); null: never."
+        0.5, description="Share of the run after which codes are used; the authors advise to begin without; null: never."
     )
     freeze_selector_from: Share | None = Field(
-        None, description="Share of the run after which the selector stands still (issue 10); null: never (issue 29)."
+        None, description="Share of the run after which the selector stands still, as the authors advised once; null: never."
     )
     codebook_decay: Share = Field(0.995, description="Of the codebook's moving averages, an optimizer step.")
     reset_below: NotNegative = Field(
