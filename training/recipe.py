@@ -196,7 +196,7 @@ DetokenizerSizes = sizes_of(LavitDetokenizerConfig, "DetokenizerSizes")
 
 
 class TokenizerObjective(Section):
-    """Loss and schedule of stage 1 (paper section 3.1; what its authors added in issues 10 and 29)."""
+    """Loss and schedule of stage 1 (paper section 3.1; what its authors added in issues 10 and 29 of their repository)."""
 
     keep_rate: Share = Field(1 / 3, description="ρ: share of the patches to keep (Eq. 4).")
     rate_weight: NotNegative = Field(2.0, description="λ: weight of `(ρ - mean keep)²` (Eq. 4).")
@@ -204,10 +204,10 @@ class TokenizerObjective(Section):
         0.0, description="Weight of the distance to the chosen code (VQ-VAE, arXiv 1711.00937); the paper has none."
     )
     quantize_from: Share | None = Field(
-        0.5, description="Share of the run after which codes are used; the authors advise to begin without; null: never."
+        0.5, description="Share of the run after which codes are used (authors: not at first); null: never."
     )
     freeze_selector_from: Share | None = Field(
-        None, description="Share of the run after which the selector stands still, as the authors advised once; null: never."
+        None, description="Share of the run after which the selector stands still; null: never."
     )
     codebook_decay: Share = Field(0.995, description="Of the codebook's moving averages, an optimizer step.")
     reset_below: NotNegative = Field(
