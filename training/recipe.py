@@ -196,7 +196,7 @@ DetokenizerSizes = sizes_of(LavitDetokenizerConfig, "DetokenizerSizes")
 
 
 class TokenizerObjective(Section):
-    """Loss and schedule of stage 1 (paper section 3.1; what its authors added in issues 10 and 29 of their repository)."""
+    """Loss and schedule of stage 1 (paper section 3.1; issues 10 and 29 of its authors' repository)."""
 
     keep_rate: Share = Field(1 / 3, description="ρ: share of the patches to keep (Eq. 4).")
     rate_weight: NotNegative = Field(2.0, description="λ: weight of `(ρ - mean keep)²` (Eq. 4).")
