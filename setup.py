@@ -66,7 +66,7 @@ setup(
         "evaluate": ["datasets>=4.7", "matplotlib", "pyyaml", "torchmetrics"],
         "app": ["gradio"],
         "serve": ["aiohttp", "fastapi", "prometheus_client", "python-multipart", "ray[serve]", "uvicorn"],
-        "ray": ["ray[data]"],
+        "ray": ["datasets>=4.7", "ray[data]"],
         "convert": ["protobuf", "sentencepiece"],
         # apart from `dev`: with it installed, transformers imports it, and it prints at import
         "quantization": ["torchao"],
