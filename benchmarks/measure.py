@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,22 +15,20 @@ class Way:
         name: as the table says it.
         run: does it once; a string that it returns is a remark for the table.
         work: how much one run does, where the two ways do different amounts (floating-point operations).
-        cpu_clock: CPU seconds so far, of this process or of the one that does the work.
     """
 
     name: str
     run: Callable[[], Any]
     work: float = 1.0
-    cpu_clock: Callable[[], float] = time.process_time
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     remark: str | None = None
 
     def time_once(self):
-        started, cpu_started = time.perf_counter(), self.cpu_clock()
+        started, cpu_started = time.perf_counter(), time.process_time()
         result = self.run()
         self.seconds.append(time.perf_counter() - started)
-        self.cpu_seconds.append(self.cpu_clock() - cpu_started)
+        self.cpu_seconds.append(time.process_time() - cpu_started)
         self.remark = result if isinstance(result, str) else None
 
     @property
@@ -50,13 +47,11 @@ class Comparison:
 
     Args:
         target: the least ratio asked for.
-        resources: what both ways hold outside this process.
     """
 
     ours: Way
     other: Way
     target: float | None = None
-    resources: ExitStack = field(default_factory=ExitStack)
 
     def measure(self, repeats: int):
         """Runs both in turn, so that whatever else the machine does falls on both; the first run of each is not
@@ -68,9 +63,8 @@ class Comparison:
             self.other.time_once()
 
     def release(self):
-        """Lets go of the models and processes that were measured."""
+        """Lets go of the models that were measured."""
         self.ours.run = self.other.run = None
-        self.resources.close()
 
     @property
     def ratio(self) -> float:

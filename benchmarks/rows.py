@@ -1,7 +1,6 @@
 """The rows of the benchmark. Each builds two ways of one thing; widths are those of the official checkpoints."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,7 +9,7 @@ from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from torch import nn
 from transformers import CompileConfig, GenerationConfig, GenerationMixin, LlamaConfig
 
-from benchmarks import earlier, reference_like
+from benchmarks import reference_like
 from benchmarks.measure import Comparison, Curve, Way
 from modeling_lavit import (
     LavitConfig,
@@ -373,32 +372,6 @@ def captions(options: Options) -> Comparison:
     return Comparison(
         Way("prompts computed once", lambda: model.generate(**read)),
         Way("once for each beam", lambda: model.generate(**read, return_dict_in_generate=True)),
-    )
-
-
-PROMPTS = ("red apple", "sunflower", "tiger face in noto style", "pizza")
-
-
-@row
-def text_to_image(options: Options) -> Comparison:
-    """Text to image of the embedded checkpoint, float32, one image after the other"""
-    return _today_and_first([[prompt] for prompt in PROMPTS], target=2)
-
-
-@row
-def text_to_image_batch(options: Options) -> Comparison:
-    """Text to image of the embedded checkpoint, float32, eight images at once"""
-    return _today_and_first([[*PROMPTS, *PROMPTS]])
-
-
-def _today_and_first(batches: list[list[str]], target: float | None = None) -> Comparison:
-    resources = ExitStack()
-    today, first = earlier.today_and_first(resources)
-    return Comparison(
-        Way("now", lambda: today.draw(batches), cpu_clock=today.cpu_seconds),
-        Way("the first published state", lambda: first.draw(batches), cpu_clock=first.cpu_seconds),
-        target,
-        resources,
     )
 
 

@@ -18,7 +18,6 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks.earlier import Skipped
 from benchmarks.full_width import FULL_DEPTH, derived
 from benchmarks.measure import Comparison, Curve
 from benchmarks.memory import peak_memory
@@ -46,17 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
             if name == MEMORY:
                 results.peaks = peak_memory(options.checkpoint)
             else:
-                try:
-                    measured = (ROWS | CURVES)[name](sizes)
-                except Skipped as reason:
-                    results.skipped[name] = str(reason)
-                    print(name, f"skipped: {reason}", flush=True)
-                else:
-                    measured.measure(options.repeats if name in ROWS else min(options.repeats, CURVE_REPEATS))
-                    print(name, describe(measured), flush=True)
-                    measured.release()
-                    gc.collect()
-                    (results.comparisons if name in ROWS else results.curves)[name] = measured
+                measured = (ROWS | CURVES)[name](sizes)
+                measured.measure(options.repeats if name in ROWS else min(options.repeats, CURVE_REPEATS))
+                print(name, describe(measured), flush=True)
+                measured.release()
+                gc.collect()
+                (results.comparisons if name in ROWS else results.curves)[name] = measured
             results.write()
     print(results.report())
 
@@ -69,7 +63,6 @@ class Results:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     peaks: dict[str, list[float]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
 
     def report(self) -> str:
         parts = (
@@ -78,7 +71,6 @@ class Results:
             derived_table(self.comparisons),
             curve_table(self.curves) if self.curves else None,
             memory_table(self.peaks) if self.peaks else None,
-            *(f"Skipped: {name}. {reason}" for name, reason in self.skipped.items()),
         )
         return "\n\n".join(part for part in parts if part)
 
