@@ -451,6 +451,7 @@ def test_no_weight_of_the_visual_tokenizer_is_trained_with_the_language_model(tm
         assert any(name.startswith("model.understanding.merger.") for name in trained)
 
 
+@pytest.mark.slow
 def test_compiling_the_language_model_alone_compiles_decoding(model):
     compiled, calls = tiny_model(), []
 

@@ -344,6 +344,7 @@ def test_the_continuation_is_that_of_the_longest_end_that_is_known():
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_looking_ahead_leaves_the_distribution_of_images_as_it_is(model):
     """Pearson's test on three codes of 300 images, their probabilities computed one by one; the third is looked up."""
     scale, top_k, draws = 3.0, 2, 300

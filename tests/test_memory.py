@@ -25,6 +25,7 @@ print(resident("VmHWM") - before, sum(weight.nbytes for weight in model.paramete
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.slow
 def test_loading_in_bfloat16_costs_the_weights_and_the_file_once(tmp_path):
     large = tiny_text_config(hidden_size=512, intermediate_size=1536, num_hidden_layers=8)
     tiny_model(text_config=large).to(torch.bfloat16).save_pretrained(tmp_path)

@@ -10,6 +10,9 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from modeling_lavit import LavitForConditionalGeneration
 
 
+pytestmark = pytest.mark.slow
+
+
 SETTINGS = dict(
     max_steps=2,
     per_device_train_batch_size=2,

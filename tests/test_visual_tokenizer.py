@@ -92,6 +92,7 @@ def test_float32_residuals_bring_deep_half_precision_encoders_nearer(dtype, tmp_
     assert (mixed - exact).norm() < 0.8 * (plain - exact).norm()
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_one_graph_for_every_count_of_kept_patches():
     tokenizer = visual_tokenizer().eval()
     images = tiny_images(3)

@@ -78,6 +78,7 @@ def test_a_wrong_request_is_a_value_error(handler, inputs, parameters):
         handler({"inputs": inputs, "parameters": parameters})
 
 
+@pytest.mark.slow
 def test_the_space_of_a_saved_folder_is_the_app_around_that_folder_s_model(folder, monkeypatch):
     gradio = pytest.importorskip("gradio")
     monkeypatch.delenv("LAVIT_MODEL", raising=False)

@@ -77,6 +77,7 @@ def test_the_adapter_lies_beside_the_model_and_gives_the_same(parts, tmp_path):
     assert not torch.equal(merged.lm_head.weight, before.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_the_papers_stages_end_in_a_checkpoint_that_draws(parts, tmp_path):
     """Stage 3 puts its pixel decoder to a language model, and goes on from the whole that this makes."""
     more = [rows(parts), "resolution=16", "training_arguments.per_device_train_batch_size=2"]

@@ -70,6 +70,7 @@ def assert_same_result(one: Path, other: Path) -> None:
     assert not list(other.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_uncut_one(parts, whole, tmp_path):
     output = tmp_path / "killed"
     process = subprocess.Popen(

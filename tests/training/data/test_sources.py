@@ -199,6 +199,7 @@ class SourceTrainer(Trainer):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.slow
 def test_a_run_that_was_cut_goes_on_with_the_rows_that_an_uncut_one_reads(tmp_path, streaming):
     data = {**parquet(tmp_path / "data", num_files=2), "streaming": streaming}
     data |= {"shuffle_buffer": 4} if streaming else {}
