@@ -11,6 +11,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,15 @@ class ImageRows:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def of_names(self, names: set[str]) -> "ImageRows":
+        """Those whose name is one of `names`."""
+        kept = copy(self)
+        chosen = [i for i, name in enumerate(self.names) if name in names]
+        kept.images, kept.names, kept.styles = (
+            [values[i] for i in chosen] for values in (self.images, self.names, self.styles)
+        )
+        return kept
 
 
 def png_size(image: Image.Image) -> int:
@@ -171,7 +181,9 @@ class Evaluation:
         return float(np.median(times[1:]))
 
 
-def evaluate(pipe, classifier: Classifier, data: str, count: int, seeds: int) -> tuple[dict, dict]:
+def evaluate(
+    pipe, classifier: Classifier, data: str, count: int, seeds: int, foreign: str | None = None
+) -> tuple[dict, dict]:
     """All figures, and the images of the sheet."""
     evaluation = Evaluation(pipe, classifier)
     everything = ImageRows(data, "train")
@@ -192,6 +204,9 @@ def evaluate(pipe, classifier: Classifier, data: str, count: int, seeds: int) ->
         report[split] = figures
         drawings[split] = (rows, drawn[0][1], reconstructed)
         print(split, json.dumps(figures), flush=True)
+    if foreign:
+        rows = ImageRows(foreign, "foreign").of_names(set(everything.names))
+        report["foreign"] = {"images": len(rows), "caption_exact": evaluation.caption(rows)}
     return report, drawings
 
 
@@ -204,6 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="checkpoint folder, or repository (default: the embedded checkpoint)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is a GPU, else cpu)")
     parser.add_argument("--data", required=True, help="image folder with name, style and split columns")
+    parser.add_argument("--foreign", help="folder whose split `foreign` has images in a style that was never seen")
     parser.add_argument("--classifier", required=True, help="folder of the classifier")
     parser.add_argument("--count", type=int, default=200, help="images of the train split (default: 200)")
     parser.add_argument("--seeds", type=int, default=3, help="drawings for each held-out prompt (default: 3)")
@@ -217,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_outputs([options.sheet] if options.sheet else [])
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
-    report, drawings = evaluate(pipe, classifier, options.data, options.count, options.seeds)
+    report, drawings = evaluate(pipe, classifier, options.data, options.count, options.seeds, options.foreign)
     text = json.dumps(report, indent=1)
     print(text)
     if options.output:

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from modeling_lavit.command_line.common import Parser, one_line, positive_number
 
 
@@ -44,14 +46,13 @@ def lengths(cpu: tuple[int, int], gpu: tuple[int, int]) -> dict[str, list[str]]:
 
 
 STEPS = {
-    "classifier": Step("classifier"),
-    "teacher": Step("teacher", overrides=lengths((1100, 64), (2200, 256))),
-    "wide_teacher": Step("teacher", overrides=lengths((1100, 64), (2200, 256)) | {"": ["model.width=2"]}),
+    "wide_teacher": Step("teacher", overrides=lengths((2400, 64), (2200, 256)) | {"": ["model.width=2"]}),
+    "teacher": Step("teacher", overrides=lengths((2400, 64), (2200, 256))),
     "style_teacher": Step("style_teacher", overrides=lengths((1200, 64), (1200, 256))),
     "encoder": Step(
         "encoder",
         {"teacher": "teacher", "name_teachers": ["wide_teacher"], "style_teacher": "style_teacher"},
-        lengths((2400, 64), (3000, 128)),
+        lengths((3200, 64), (3000, 128)),
     ),
     "tokenizer": Step("tokenizer", {"encoder": "encoder"}, lengths((2600, 32), (1300, 128))),
     "pixel_decoder_features": Step("pixel_decoder_features", {"encoder": "encoder"}, lengths((1000, 32), (2000, 64))),
@@ -66,6 +67,7 @@ STEPS = {
         {"tokenizer": "tokenizer", "start": "pixel_decoder_features"},
         lengths((4300, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
     ),
+    "classifier": Step("classifier"),
 }
 ASSEMBLY = ["--scheduler", "UniPCMultistepScheduler", "--default", "num_inference_steps=2"]
 
@@ -135,7 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     parts = {"--language-model": "language_model", "--pixel-decoder": "pixel_decoder"}
     results = [word for flag, name in parts.items() for word in (flag, str(options.runs / name / "final"))]
-    assemble.main([*results, *ASSEMBLY, "--output", str(options.output)])
+    recipe = yaml.safe_load((options.runs / "language_model" / "recipe.yaml").read_text(encoding="utf-8"))
+    drafts = ["--draft-images", recipe["data"]["path"]]
+    assemble.main([*results, *ASSEMBLY, *drafts, "--output", str(options.output)])
     print(f"{options.output} is complete")
 
 

@@ -10,6 +10,9 @@ from modeling_lavit.processing import LavitImageProcessor
 from modeling_lavit.training.emoji.recipe import NamedData
 
 
+NO_STYLE = -100  # what losses leave out
+
+
 class NamedImages(torch.utils.data.Dataset):
     """An image folder (`metadata.jsonl` with `name`, `style`, `split`) decoded once to uint8 tensors.
 
@@ -67,6 +70,20 @@ class NamedImages(torch.utils.data.Dataset):
             ]
         )
 
+    def append(self, other: "NamedImages") -> None:
+        """Adds the images of another folder whose names are known here, once each, with the style [`NO_STYLE`]."""
+        number_of = {name: i for i, name in enumerate(self.names)}
+        numbers = torch.tensor([number_of.get(other.names[name], -1) for name in other.name.tolist()])
+        known = numbers >= 0
+        self.order = [*self.order, *range(len(self.images), len(self.images) + int(known.sum()))]
+        self.images = torch.cat([self.images, other.images[known]])
+        self.name = torch.cat([self.name, numbers[known]])
+        self.style = torch.cat([self.style, torch.full_like(numbers[known], NO_STYLE)])
+
+    def of_no_style(self) -> list[tuple[torch.Tensor, str]]:
+        """Image and name of all that [`append`] added."""
+        return [(self.images[i], self.names[self.name[i]]) for i in (self.style == NO_STYLE).nonzero()[:, 0].tolist()]
+
     @staticmethod
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:
         return default_collate(items)
@@ -85,7 +102,12 @@ class NamedImages(torch.utils.data.Dataset):
 
 
 def load_named(data: NamedData, image_size: int) -> tuple[NamedImages, NamedImages | None]:
-    """What a stage is trained on and validated on."""
+    """What a stage is trained on, [`NamedData.more`] left out, and validated on."""
     dataset = NamedImages(data.path, image_size, tuple(data.splits), data.repeat)
     validation = NamedImages(data.path, image_size, (data.validation,)) if data.validation else None
     return dataset, validation
+
+
+def load_more(data: NamedData, image_size: int, split: str = "train") -> NamedImages | None:
+    """The images in further styles, of which only the names are learnt."""
+    return NamedImages(data.more, image_size, (split,)) if data.more else None

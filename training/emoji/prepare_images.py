@@ -10,6 +10,9 @@ style, rasterised on white and written as an image folder that `datasets.load_da
     data/emoji/held_out.json                seed, held-out (name, style) pairs and unseen names
     data/npm/*.tgz                          the packages; a second run needs no network
 
+With `--more`, four more sets are written, of which only the names are learnt, so that reading becomes general; one
+of them (split `foreign`) no stage sees: it shows how well a new style is read.
+
 A run that was cut off goes on where it stopped: packages and images that are already there are kept.
 """
 
@@ -57,6 +60,22 @@ PACKAGES = (
         "flat", "fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
     ),
 )
+MORE_PACKAGES = (
+    IconPackage(
+        "streamline", "streamline-emojis", "1.2.4", "5dac87c876b322500989828c5823143e0100d78881627a2e4081a4b897cbfdbc"
+    ),
+    IconPackage(
+        "contrast",
+        "fluent-emoji-high-contrast",
+        "1.2.6",
+        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+    ),
+    IconPackage(
+        "monotone", "emojione-monotone", "1.2.1", "40b90004bafb406b59266155ef9b7e1dd67bf2947fc8db8d07388776f4d0d04e"
+    ),
+    IconPackage("fx", "fxemoji", "1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
+)
+FOREIGN_STYLES = ("fx",)
 STYLES = tuple(package.style for package in PACKAGES)
 DEFAULT_CATEGORIES = ("Animals & Nature", "Food & Drink")
 
@@ -271,6 +290,46 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
+def icons_of(name: str, icons: dict, squashed: bool) -> list[str]:
+    """The icons of a set that draw a canonical name: itself, and `name-1`, `name-2`, …; `squashed` sets write names as
+    one word."""
+    slug = name.replace(" ", "-")
+    if squashed:
+        slug = slug.replace("-", "")
+    there = icons["icons"] | icons.get("aliases", {})
+    return [icon for icon in (slug, *(f"{slug}-{number}" for number in range(1, 5))) if icon in there]
+
+
+def prepare_more(output: Path, size: int = 96) -> list[dict]:
+    """Rasterises [`MORE_PACKAGES`] into `output`, without the names that [`prepare`] makes unseen; returns the rows of
+    `metadata.jsonl`."""
+    cache = output.parent / "npm"
+    emoji = join({package.style: read_set(fetch(package, cache)) for package in PACKAGES})
+    splits = split_pairs((entry.name, entry.category, entry.icons) for entry in emoji)
+    unseen = {name for (name, _), split in splits.items() if split == "unseen"}
+    rows = []
+    for package in MORE_PACKAGES:
+        icons = read_set(fetch(package, cache))["icons"]
+        for entry in tqdm(emoji, desc=package.style, unit="name"):
+            if entry.name in unseen:
+                continue
+            for icon in icons_of(entry.name, icons, squashed=package.style == "fx"):
+                file_name = f"images/{package.style}/{icon}.png"
+                try:
+                    image = rasterise(icon_to_svg(icons, icon, size))
+                except ValueError:
+                    continue
+                buffer = io.BytesIO()
+                image.save(buffer, "PNG", optimize=True)
+                write_atomically(output / file_name, buffer.getvalue())
+                split = "foreign" if package.style in FOREIGN_STYLES else "train"
+                of = {"name": entry.name, "style": package.style, "category": entry.category, "split": split}
+                rows.append({"file_name": file_name, **of})
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(output / "metadata.jsonl", lines.encode())
+    return rows
+
+
 def prepare(output: Path, categories: Iterable[str] | None = DEFAULT_CATEGORIES, size: int = 96) -> list[dict]:
     """Fetch, join, rasterise and split the sets into the image folder `output`; return the rows of `metadata.jsonl`.
 
@@ -334,18 +393,24 @@ def main(arguments: list[str] | None = None) -> None:
         help='comma-separated categories of the Noto set, or "all" (default: "%(default)s")',
     )
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels (default: %(default)s)")
+    parser.add_argument("--more", action="store_true", help="write the further sets instead, all categories")
     options = parser.parse_args(arguments)
     categories = None if options.categories == "all" else [part.strip() for part in options.categories.split(",")]
     try:
-        rows = prepare(options.output, categories, options.size)
+        if options.more:
+            rows = prepare_more(options.output, options.size)
+        else:
+            rows = prepare(options.output, categories, options.size)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
     counts = Counter((row["style"], row["split"]) for row in rows)
+    styles = dict.fromkeys(row["style"] for row in rows)
+    splits = dict.fromkeys(row["split"] for row in rows)
     print(f"{len(rows)} images of {len({row['name'] for row in rows})} names in {options.output}")
-    print(f"{'style':10}" + "".join(f"{split:>10}" for split in ("train", "held_out", "unseen")))
-    for style in STYLES:
-        print(f"{style:10}" + "".join(f"{counts[style, split]:10}" for split in ("train", "held_out", "unseen")))
+    print(f"{'style':10}" + "".join(f"{split:>10}" for split in splits))
+    for style in styles:
+        print(f"{style:10}" + "".join(f"{counts[style, split]:10}" for split in splits))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.training.data.augmentation import SampleNoise, normalize_images
 from modeling_lavit.training.distributed import gather
 from modeling_lavit.training.emoji.augmentation import augment_halves, patchify
-from modeling_lavit.training.emoji.images import load_named
+from modeling_lavit.training.emoji.images import load_more, load_named
 from modeling_lavit.training.emoji.recipe import EncoderRecipe
 from modeling_lavit.training.results import result_of
 from modeling_lavit.training.stage import Parts, Stage, TrainingModel
@@ -151,6 +151,7 @@ class EncoderPretraining(TrainingModel):
         weak = torch.ones(len(images), dtype=torch.bool, device=images.device)
         if self.training:
             images, weak = augment_halves(images, noise, *self.augmentations)
+        weak = weak & (style >= 0)
         patches = self.visible_patches(len(images), noise, progress)
         features = self.features(images, patches)
         name_logits, style_logits, pixels, positions = self.heads(features)
@@ -232,6 +233,8 @@ class EncoderStage(Stage):
         sizes = recipe.model.model_dump(exclude_none=True)
         config = LavitVisualTokenizerConfig(**sizes, attn_implementation="eager")
         dataset, validation = load_named(recipe.data, config.image_size)
+        if more := load_more(recipe.data, config.image_size):
+            dataset.append(more)
         model = EncoderPretraining(config, dataset.names, dataset.styles, recipe)
         if config.stem == "convolutional":  # the teacher's first blocks, which generalise already
             blocks = model.encoder.embeddings.patch_embedding.blocks

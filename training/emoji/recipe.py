@@ -32,10 +32,18 @@ class NamedData(Section):
     path: str = Field("data/emoji_all", description="Folder that `prepare_images` wrote, or one like it.")
     splits: list[str] = Field(["train"], description="Values of the column `split` that are trained on.")
     repeat: dict[str, int] = Field({}, description="How often images of a category come in an epoch.")
+    more: str | None = Field(None, description="Folder of images in further styles, of which only names are learnt.")
     validation: str | None = Field("held_out", description="Value of `split` that is validated on.")
 
 
-STRONG = Augmentation(share=1.0, scale=0.2, shift=0.12, rotation=0.2, tint=0.2, flip=0.5)
+class RedrawnAugmentation(Augmentation):
+    """The core's, and changes of how a thing is drawn, see [`redraw`]."""
+
+    redraw: Share = Field(0.0, description="Probability of other colours, flat areas and outlines.")
+
+
+MORE = "data/emoji_more"
+STRONG = RedrawnAugmentation(share=1.0, scale=0.2, shift=0.12, rotation=0.2, tint=0.2, flip=0.5, redraw=0.7)
 WEAK = Augmentation(share=0.8, scale=0.05, shift=0.04, rotation=0.03, tint=0.0, flip=0.3)
 FOOD_AND_ANIMALS = ("Animals & Nature", "Food & Drink")
 SIZES = {
@@ -99,7 +107,7 @@ class ClassifierRecipe(EmojiRecipe):
     stage: Literal["classifier"] = "classifier"
     model: ClassifierSizes = ClassifierSizes()
     objective: ClassifierObjective = ClassifierObjective()
-    augmentation: Augmentation = STRONG
+    augmentation: RedrawnAugmentation = STRONG
     weak_augmentation: Augmentation | None = None
     training_arguments: ClassifierArguments = ClassifierArguments()
 
@@ -135,13 +143,13 @@ class EncoderRecipe(EmojiRecipe):
     """Stage 0: a small encoder, under teachers."""
 
     stage: Literal["encoder"] = "encoder"
-    data: NamedData = NamedData(repeat=dict.fromkeys(FOOD_AND_ANIMALS, 4))
+    data: NamedData = NamedData(repeat=dict.fromkeys(FOOD_AND_ANIMALS, 4), more=MORE)
     teacher: str = "runs/teacher/final"
     name_teachers: list[str] = ["runs/wide_teacher/final"]
     style_teacher: str = "runs/style_teacher/final"
     model: VisualTokenizerSizes = VisualTokenizerSizes(**SIZES)
     objective: EncoderObjective = EncoderObjective()
-    augmentation: Augmentation = STRONG
+    augmentation: RedrawnAugmentation = STRONG
     weak_augmentation: Augmentation = WEAK
     training_arguments: EncoderArguments = EncoderArguments()
 
@@ -236,9 +244,10 @@ class TextModelSizes(Section):
 
 
 class NamedMixture(Section):
-    """How often which task of [`NamedSamples`]; relative frequencies."""
+    """How often which task of [`NamedSamples`]; relative frequencies. `more`: captions of `data.more`."""
 
     caption: NotNegative = 0.10
+    more: NotNegative = 0.05
     style_question: NotNegative = 0.12
     name_question: NotNegative = 0.03
     code_caption: NotNegative = 0.0
@@ -293,7 +302,7 @@ class EmojiLanguageModelRecipe(EmojiRecipe, LanguageModelRecipe):
     """Stage 2: a Llama of 6 layers that reads and draws."""
 
     stage: Literal["emoji-language-model"] = "emoji-language-model"
-    data: NamedData = NamedData(path="data/emoji")
+    data: NamedData = NamedData(path="data/emoji", more=MORE)
     tokenizer: str | None = "runs/tokenizer/final"
     attn_implementation: str = "eager"
     text_vocab_size: int = Field(1536, ge=300)
@@ -314,7 +323,9 @@ class EmojiLanguageModelRecipe(EmojiRecipe, LanguageModelRecipe):
         },
     }
     objective: EmojiLanguageModelObjective = EmojiLanguageModelObjective()
-    augmentation: Augmentation = Augmentation(share=0.9, scale=0.2, shift=0.12, rotation=0.25, tint=0.25, flip=0.3)
+    augmentation: RedrawnAugmentation = RedrawnAugmentation(
+        share=0.9, scale=0.2, shift=0.12, rotation=0.25, tint=0.25, flip=0.3, redraw=0.5
+    )
     weak_augmentation: Augmentation | None = WEAK
     training_arguments: EmojiLanguageModelArguments = EmojiLanguageModelArguments()
 

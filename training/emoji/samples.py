@@ -29,7 +29,8 @@ class NamedSamples(torch.utils.data.Dataset):
         images: of one split.
         codes: each image's visual codes: those of itself, and of views of it that are as good.
         sequences: builds the parts.
-        mixture: how often `caption`, `style_question`, `name_question`, which read an image as features;
+        mixture: how often `caption`, `style_question`, `name_question`, which read an image as features; `more`, a
+            caption of an image that has a style of its own;
             `code_caption`, `code_style_question`, which read it as codes; `draw`; `restyle`, which reads codes and
             draws.
         seed: of the run.
@@ -37,6 +38,7 @@ class NamedSamples(torch.utils.data.Dataset):
         pseudo_share: of the samples that draw, how many have one of them as their target.
         mixtures: that teachers labelled, see [`label_mixtures`].
         mixture_share: of the captions, how many are of one of them.
+        more: images and names, in further styles, for the task `more`.
     """
 
     collate = staticmethod(collate_named)
@@ -52,8 +54,12 @@ class NamedSamples(torch.utils.data.Dataset):
         pseudo_share: float = 0.0,
         mixtures: LabelledMixtures | None = None,
         mixture_share: float = 0.0,
+        more: list[tuple[torch.Tensor, str]] | None = None,
     ):
         self.images, self.codes, self.sequences, self.mixture = images, codes, sequences, tasks_of(mixture)
+        if not more:
+            self.mixture.pop("more", None)
+        self.more = more
         self.pseudo_targets, self.pseudo_share = pseudo_targets or [], pseudo_share
         self.mixtures, self.mixture_share = mixtures, mixture_share
         self.seed, self.epoch = seed, 0
@@ -76,6 +82,11 @@ class NamedSamples(torch.utils.data.Dataset):
         index = self.images.order[position]
         draw = random.Random(f"{self.seed} {self.epoch} {position}")
         task = draw.choices(list(self.mixture), self.mixture.values())[0]
+        if task == "more":
+            image, name = draw.choice(self.more)
+            return self.sequences.sample(position, self.sequences.reading([("", name)]), [image], [False]) | {
+                "weak": False
+            }
         if task in ("caption", "style_question", "name_question"):
             return self._reading(position, index, task, draw)
         if task in ("code_caption", "code_style_question"):

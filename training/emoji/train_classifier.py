@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from modeling_lavit.evaluation.emoji.classifier import Classifier
 from modeling_lavit.training.data.augmentation import SampleNoise
 from modeling_lavit.training.emoji.augmentation import augment_halves, beta_half
-from modeling_lavit.training.emoji.images import load_named
+from modeling_lavit.training.emoji.images import load_more, load_named
 from modeling_lavit.training.emoji.recipe import ClassifierRecipe
 from modeling_lavit.training.stage import Parts, Stage, TrainingModel
 
@@ -46,6 +46,7 @@ class ClassifierTraining(TrainingModel):
                 ratio = torch.where(weak, ratio, beta_half(noise.uniform(1)[:, 0]))
                 each = ratio[:, None, None, None]
                 images = each * images + (1 - each) * images.roll(1, 0)
+        weak = weak & (style >= 0)
         name_logits, style_logits = self.classifier(images)
         name_loss, other_loss = (
             F.cross_entropy(name_logits.float(), of, label_smoothing=0.1, reduction="none")
@@ -68,6 +69,8 @@ class ClassifierStage(Stage):
 
     def build(self, recipe: ClassifierRecipe) -> Parts:
         dataset, validation = load_named(recipe.data, recipe.model.image_size)
+        if more := load_more(recipe.data, recipe.model.image_size):
+            dataset.append(more)
         classifier = Classifier(dataset.names, dataset.styles, **recipe.model.model_dump())
         return Parts(ClassifierTraining(classifier, recipe), dataset, validation)
 

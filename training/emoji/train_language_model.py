@@ -1,6 +1,8 @@
 """Stage 2 of the embedded checkpoint: the paper's loss, on samples of images with names and styles, and what keeps a
 small model from learning few images by heart."""
 
+from copy import copy
+
 import torch
 from transformers import LlamaConfig
 
@@ -11,7 +13,8 @@ from modeling_lavit.slots_lavit import LavitInputs
 from modeling_lavit.training.data.augmentation import SampleNoise, augment, normalize_images
 from modeling_lavit.training.data.samples import Sequences
 from modeling_lavit.training.distributed import process_state
-from modeling_lavit.training.emoji.images import NamedImages, load_named
+from modeling_lavit.training.emoji.augmentation import augment_strongly
+from modeling_lavit.training.emoji.images import NamedImages, load_more, load_named
 from modeling_lavit.training.emoji.mixup import label_mixtures
 from modeling_lavit.training.emoji.pseudo_targets import draw_pseudo_targets
 from modeling_lavit.training.emoji.recipe import EmojiLanguageModelRecipe
@@ -34,13 +37,14 @@ class EmojiLanguageModelTraining(LanguageModelTraining):
 
     def __init__(self, model: LavitForConditionalGeneration, recipe: EmojiLanguageModelRecipe):
         super().__init__(model, recipe)
+        self.strong_augmentation = recipe.augmentation
         self.weak_augmentation = (recipe.weak_augmentation or recipe.augmentation).model_dump()
 
     def pixel_values(self, images: torch.Tensor, noise: SampleNoise, weak: torch.Tensor) -> torch.Tensor:
         """Images that are `weak` (P,), which are asked for their style, by their own augmentation."""
         if not self.training:
             return normalize_images(images)
-        views = augment(images, noise, **self.augmentation)
+        views = augment_strongly(images, noise, self.strong_augmentation)
         if weak.any():
             views = torch.where(weak[:, None, None, None], augment(images, noise, **self.weak_augmentation), views)
         return normalize_images(views)
@@ -127,11 +131,14 @@ class EmojiLanguageModelStage(LanguageModelStage):
         validation = None
         if held_out is not None:
             validation = NamedSamples(held_out, tokenize_all(tokenizer, held_out), sequences, recipe.mixture, seed)
-        targets, mixtures = [], None
+        targets, mixtures, readable, more = [], None, copy(images), None
+        if recipe.data.more:
+            readable.append(load_more(recipe.data, image_size(recipe)))
+            more = readable.of_no_style()
         if recipe.pseudo_targets.number:
             targets = draw_pseudo_targets(model, processor, images, codes, recipe.pseudo_targets, seed)
         model.to("cpu")
         if recipe.mixup.number:
-            mixtures = label_mixtures(images, recipe.mixup.teachers, recipe.mixup.number, seed, device)
-        extra = targets, recipe.pseudo_targets.share, mixtures, recipe.mixup.share
+            mixtures = label_mixtures(readable, recipe.mixup.teachers, recipe.mixup.number, seed, device)
+        extra = targets, recipe.pseudo_targets.share, mixtures, recipe.mixup.share, more
         return NamedSamples(images, codes, sequences, recipe.mixture, seed, *extra), validation
