@@ -61,11 +61,6 @@ def augment_strongly(images: torch.Tensor, noise: SampleNoise, augmentation: Aug
     return augment(redrawn, noise, **settings)
 
 
-def beta_half(uniform: torch.Tensor) -> torch.Tensor:
-    """Numbers uniform in [0, 1) to numbers by Beta(1/2, 1/2): how much of the first of two images a mixture has."""
-    return (torch.pi / 2 * uniform).sin().square()
-
-
 def augment_halves(
     images: torch.Tensor, noise: SampleNoise, augmentation: Augmentation, weak_augmentation: Augmentation | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

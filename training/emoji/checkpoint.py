@@ -46,13 +46,13 @@ def lengths(cpu: tuple[int, int], gpu: tuple[int, int]) -> dict[str, list[str]]:
 
 
 STEPS = {
-    "wide_teacher": Step("teacher", overrides=lengths((2400, 64), (2200, 256)) | {"": ["model.width=2"]}),
-    "teacher": Step("teacher", overrides=lengths((2400, 64), (2200, 256))),
-    "style_teacher": Step("style_teacher", overrides=lengths((1200, 64), (1200, 256))),
+    "wide_teacher": Step("teacher", overrides=lengths((3000, 64), (2200, 256)) | {"": ["model.width=2"]}),
+    "teacher": Step("teacher", overrides=lengths((4000, 64), (2200, 256))),
+    "style_teacher": Step("style_teacher", overrides=lengths((2400, 64), (1200, 256))),
     "encoder": Step(
         "encoder",
         {"teacher": "teacher", "name_teachers": ["wide_teacher"], "style_teacher": "style_teacher"},
-        lengths((3200, 64), (3000, 128)),
+        lengths((3200, 64), (3000, 128)) | {"": ["threads=2"]},
     ),
     "tokenizer": Step("tokenizer", {"encoder": "encoder"}, lengths((2600, 32), (1300, 128))),
     "pixel_decoder_features": Step("pixel_decoder_features", {"encoder": "encoder"}, lengths((1000, 32), (2000, 64))),
@@ -60,12 +60,12 @@ STEPS = {
     "language_model": Step(
         "language_model",
         {"tokenizer": "tokenizer", "start": "reading", "mixup.teachers": ["teacher", "wide_teacher"]},
-        lengths((4500, 40), (4500, 96)),
+        lengths((4200, 40), (4500, 96)),
     ),
     "pixel_decoder": Step(
         "pixel_decoder",
         {"tokenizer": "tokenizer", "start": "pixel_decoder_features"},
-        lengths((4300, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
+        lengths((3400, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
     ),
     "classifier": Step("classifier"),
 }

@@ -53,9 +53,8 @@ class NamedImages(torch.utils.data.Dataset):
         if not wanted:
             raise ValueError(f"{folder} has no image whose split is one of {splits}")
         rows = rows.select(wanted)
-        self.order = list(range(len(rows)))
-        if repeat:
-            self.order = [i for i, category in enumerate(rows["category"]) for _ in range(repeat.get(category, 1))]
+        times = [repeat.get(category, 1) for category in rows["category"]] if repeat else [1] * len(rows)
+        self.order = [i for i, number in enumerate(times) for _ in range(number)]
         processor = LavitImageProcessor(
             size={"height": image_size, "width": image_size}, do_normalize=False, do_rescale=False
         )
@@ -71,11 +70,12 @@ class NamedImages(torch.utils.data.Dataset):
         )
 
     def append(self, other: "NamedImages") -> None:
-        """Adds the images of another folder whose names are known here, once each, with the style [`NO_STYLE`]."""
+        """Adds the images of another folder whose names are known here, with the style [`NO_STYLE`]."""
         number_of = {name: i for i, name in enumerate(self.names)}
         numbers = torch.tensor([number_of.get(other.names[name], -1) for name in other.name.tolist()])
         known = numbers >= 0
-        self.order = [*self.order, *range(len(self.images), len(self.images) + int(known.sum()))]
+        place = len(self.images) + known.cumsum(0) - 1
+        self.order = [*self.order, *(int(place[i]) for i in other.order if known[i])]
         self.images = torch.cat([self.images, other.images[known]])
         self.name = torch.cat([self.name, numbers[known]])
         self.style = torch.cat([self.style, torch.full_like(numbers[known], NO_STYLE)])
@@ -110,4 +110,4 @@ def load_named(data: NamedData, image_size: int) -> tuple[NamedImages, NamedImag
 
 def load_more(data: NamedData, image_size: int, split: str = "train") -> NamedImages | None:
     """The images in further styles, of which only the names are learnt."""
-    return NamedImages(data.more, image_size, (split,)) if data.more else None
+    return NamedImages(data.more, image_size, (split,), data.repeat) if data.more else None

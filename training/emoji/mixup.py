@@ -2,7 +2,7 @@
 
 Of few images a language model learns the names by heart, and an encoder that was trained on the same images makes that
 easy. No mixture is ever seen twice, and what teachers see in it says how they generalise: distillation on unlabelled
-inputs (arXiv 1503.02531) that are mixed in pairs (arXiv 1710.09412). Teachers were trained on such mixtures (`mix`).
+inputs (arXiv 1503.02531) that are mixed in pairs (arXiv 1710.09412).
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,13 @@ import torch
 
 from modeling_lavit.evaluation.emoji.classifier import Classifier
 from modeling_lavit.training.data.augmentation import SampleNoise
-from modeling_lavit.training.emoji.augmentation import beta_half
 from modeling_lavit.training.emoji.images import NamedImages
 from modeling_lavit.training.results import result_of
+
+
+def beta_half(uniform: torch.Tensor) -> torch.Tensor:
+    """Numbers uniform in [0, 1) to numbers by Beta(1/2, 1/2): how much of the first of two images a mixture has."""
+    return (torch.pi / 2 * uniform).sin().square()
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class RedrawnAugmentation(Augmentation):
 
 
 MORE = "data/emoji_more"
-STRONG = RedrawnAugmentation(share=1.0, scale=0.2, shift=0.12, rotation=0.2, tint=0.2, flip=0.5, redraw=0.7)
+STRONG = RedrawnAugmentation(share=1.0, scale=0.2, shift=0.12, rotation=0.2, tint=0.2, flip=0.5, redraw=0.35)
 WEAK = Augmentation(share=0.8, scale=0.05, shift=0.04, rotation=0.03, tint=0.0, flip=0.3)
 FOOD_AND_ANIMALS = ("Animals & Nature", "Food & Drink")
 SIZES = {
@@ -88,7 +88,6 @@ class ClassifierSizes(Section):
 class ClassifierObjective(Section):
     name: NotNegative = 1.0
     style: NotNegative = 0.5
-    mix: bool = False
     corrupted: Share = 0.0
 
 
@@ -143,7 +142,7 @@ class EncoderRecipe(EmojiRecipe):
     """Stage 0: a small encoder, under teachers."""
 
     stage: Literal["encoder"] = "encoder"
-    data: NamedData = NamedData(repeat=dict.fromkeys(FOOD_AND_ANIMALS, 4), more=MORE)
+    data: NamedData = NamedData(repeat=dict.fromkeys(FOOD_AND_ANIMALS, 12), more=MORE)
     teacher: str = "runs/teacher/final"
     name_teachers: list[str] = ["runs/wide_teacher/final"]
     style_teacher: str = "runs/style_teacher/final"
@@ -282,6 +281,7 @@ class Mixup(Section):
 
 
 class EmojiLanguageModelObjective(LanguageModelObjective):
+    packing: int | None = 256
     code_corruption: Share = 0.08
     feature_dropout: Share = 0.8
     text_weight: NotNegative = 3.0

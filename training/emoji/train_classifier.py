@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from modeling_lavit.evaluation.emoji.classifier import Classifier
 from modeling_lavit.training.data.augmentation import SampleNoise
-from modeling_lavit.training.emoji.augmentation import augment_halves, beta_half
+from modeling_lavit.training.emoji.augmentation import augment_halves
 from modeling_lavit.training.emoji.images import load_more, load_named
 from modeling_lavit.training.emoji.recipe import ClassifierRecipe
 from modeling_lavit.training.stage import Parts, Stage, TrainingModel
@@ -16,8 +16,7 @@ from modeling_lavit.training.stage import Parts, Stage, TrainingModel
 
 class ClassifierTraining(TrainingModel):
     """The classifier on augmented images, some of them blurred and noisy (`corrupted`), so that it looks at what is
-    shown and not at its texture, or mixed in pairs (`mix`, arXiv 1710.09412). Styles are learnt from images that are
-    augmented weakly, see [`augment_halves`]."""
+    shown and not at its texture. Styles are learnt from images that are augmented weakly, see [`augment_halves`]."""
 
     def __init__(self, classifier: Classifier, recipe: ClassifierRecipe):
         super().__init__()
@@ -37,23 +36,15 @@ class ClassifierTraining(TrainingModel):
 
     def forward(self, images, name, style, noise: SampleNoise, progress: float) -> dict:
         images = images.float() / 255
-        ratio, weak = torch.ones(len(images), device=images.device), torch.ones_like(name, dtype=torch.bool)
+        weak = torch.ones_like(name, dtype=torch.bool)
         if self.training:
             images, weak = augment_halves(images, noise, *self.augmentations)
             if self.objective.corrupted:
                 images = self.corrupt(images, noise)
-            if self.objective.mix:
-                ratio = torch.where(weak, ratio, beta_half(noise.uniform(1)[:, 0]))
-                each = ratio[:, None, None, None]
-                images = each * images + (1 - each) * images.roll(1, 0)
         weak = weak & (style >= 0)
         name_logits, style_logits = self.classifier(images)
-        name_loss, other_loss = (
-            F.cross_entropy(name_logits.float(), of, label_smoothing=0.1, reduction="none")
-            for of in (name, name.roll(1, 0))
-        )
         style_loss = F.cross_entropy(style_logits.float(), style, label_smoothing=0.1, reduction="none")
-        loss = self.objective.name * (ratio * name_loss + (1 - ratio) * other_loss).mean()
+        loss = self.objective.name * F.cross_entropy(name_logits.float(), name, label_smoothing=0.1)
         loss = loss + self.objective.style * (weak * style_loss).sum() / weak.sum().clamp_min(1)
         metrics = {
             "name_top1": (name_logits.argmax(-1) == name).float(),

@@ -24,7 +24,6 @@ from modeling_lavit.training.emoji.recipe import (
 )
 from modeling_lavit.training.emoji.samples import NamedSamples, collate_named
 from modeling_lavit.training.emoji.train import RECIPES
-from modeling_lavit.training.emoji.train_classifier import ClassifierTraining
 from modeling_lavit.training.emoji.train_language_model import EmojiLanguageModelStage
 from modeling_lavit.training.recipe import Augmentation
 from modeling_lavit.training.recipe_file import load_recipe
@@ -90,24 +89,6 @@ def test_a_style_teacher_says_of_each_position_what_it_sees_around_it():
     assert differs.any()
     for places in (2 * rows, 2 * columns):  # of 48 pixels
         assert int((places - 24).abs().max()) <= 9
-
-
-def test_a_mixed_image_is_both_things_by_its_share(images):
-    recipe = load_recipe(RECIPES / "teacher.yaml", ["objective.style=0"], ClassifierRecipe)
-    recipe = recipe.model_copy(update={"augmentation": STILL, "weak_augmentation": STILL})
-    torch.manual_seed(0)
-    classifier = Classifier(images.names, images.styles, **recipe.model.model_dump())
-    shown = []
-    classifier.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
-    training = ClassifierTraining(classifier, recipe)
-    batch = (images.images[:24], images.name[:24], images.style[:24])
-    training(*batch, noise=SampleNoise(torch.arange(24), step=3), progress=0.0)
-    own = batch[0].float() / 255
-    between = own.roll(1, 0) - own
-    share = ((shown[0] - own) * between).sum((1, 2, 3)) / between.square().sum((1, 2, 3))
-    assert torch.allclose(shown[0], own + share[:, None, None, None] * between, atol=1e-5)
-    assert ((share > -1e-6) & (share < 1 + 1e-6)).all()
-    assert 4 < int((share > 1e-3).sum()) < 20  # close ones are not mixed
 
 
 def encoder_recipe(tmp_path, images, **values) -> EncoderRecipe:
