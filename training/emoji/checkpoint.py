@@ -25,11 +25,13 @@ class Step:
         recipe: name of a recipe.
         needs: key of the recipe -> name of the step whose result it takes; a list of names where several are taken.
         overrides: entries of the recipe by profile, beside those of all profiles (under "").
+        threads: of its process. What all others wait for takes all cores.
     """
 
     recipe: str
     needs: dict[str, str | list[str]] = field(default_factory=dict)
     overrides: dict[str, list[str]] = field(default_factory=dict)
+    threads: int = 1
 
     @property
     def before(self) -> set[str]:
@@ -52,9 +54,10 @@ STEPS = {
     "encoder": Step(
         "encoder",
         {"teacher": "teacher", "name_teachers": ["wide_teacher"], "style_teacher": "style_teacher"},
-        lengths((3200, 64), (3000, 128)) | {"": ["threads=2"]},
+        lengths((3200, 64), (3000, 128)),
+        threads=2,
     ),
-    "tokenizer": Step("tokenizer", {"encoder": "encoder"}, lengths((2600, 32), (1300, 128))),
+    "tokenizer": Step("tokenizer", {"encoder": "encoder"}, lengths((2400, 32), (1300, 128)), threads=2),
     "pixel_decoder_features": Step("pixel_decoder_features", {"encoder": "encoder"}, lengths((1000, 32), (2000, 64))),
     "reading": Step("reading", {"tokenizer": "tokenizer"}, lengths((600, 64), (600, 128))),
     "language_model": Step(
@@ -79,7 +82,8 @@ def arguments_of(name: str, runs: Path, profile: str, more: list[str]) -> list[s
         f"{key}={folder(of) if isinstance(of, str) else '[' + ', '.join(map(folder, of)) + ']'}"
         for key, of in step.needs.items()
     ]
-    own = step.overrides.get("", []) + step.overrides.get(profile, [])
+    threads = [f"threads={step.threads}"] if step.threads > 1 else []
+    own = [*threads, *step.overrides.get("", []), *step.overrides.get(profile, [])]
     for entry in more:
         of, _, rest = entry.partition(":")
         if of not in STEPS:
@@ -90,7 +94,7 @@ def arguments_of(name: str, runs: Path, profile: str, more: list[str]) -> list[s
 
 
 def run_steps(runs: Path, profile: str, jobs: int, more: list[str]) -> None:
-    """Runs every step, `jobs` at once, each as soon as those that it needs are complete.
+    """Runs every step as soon as those that it needs are complete, as many at once as have `jobs` threads in all.
 
     Raises:
         ValueError: a step failed; the others are stopped, and go on from their last checkpoint when started again.
@@ -99,7 +103,9 @@ def run_steps(runs: Path, profile: str, jobs: int, more: list[str]) -> None:
     waiting, running, done = dict(STEPS), {}, set()
     try:
         while waiting or running:
-            for name in [name for name, step in waiting.items() if step.before <= done][: jobs - len(running)]:
+            for name in [name for name, step in waiting.items() if step.before <= done]:
+                if running and sum(STEPS[other].threads for other in running) + STEPS[name].threads > jobs:
+                    continue
                 del waiting[name]
                 command = [sys.executable, "-m", "modeling_lavit.training.emoji.train"]
                 with open(runs / f"{name}.log", "a", encoding="utf-8") as log:
@@ -129,7 +135,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the steps' results")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu", help="lengths and batches of the steps")
-    parser.add_argument("--jobs", type=positive_number, default=2, metavar="N", help="steps at once (default: 2)")
+    parser.add_argument(
+        "--jobs", type=positive_number, default=2, metavar="N", help="threads of all steps at once (default: 2)"
+    )
     parser.add_argument("overrides", metavar="[STEP:]KEY=VALUE", nargs="*", help="of every step's recipe, or of one's")
     options = parser.parse_args(arguments)
     run_steps(options.runs, options.profile, options.jobs, options.overrides)
