@@ -1,27 +1,20 @@
-"""A refactoring leaves the losses of three steps bit-identical: `fixtures/golden_losses.json` holds them.
+"""A refactoring leaves the losses of three steps as they were: `fixtures/golden_losses.json` holds them.
 
 They were recorded with the code of commit 804c911, whose summands (stage 1), rows of a batch and order of random
-numbers (stage 2) had been put into the order of today: three lines. Where processor or versions are others than those
-that recorded them, float arithmetic differs a little, and so may they.
+numbers (stage 2) had been put into the order of today: three lines. The float arithmetic of another processor, even
+with the same instructions, differs a little, and so may they. The teacher's are those of later code, without mixtures.
 """
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from parts import detokenizer_sizes, read_log, sizes, write_parts
 
 from modeling_lavit.training.run import main
 
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "fixtures" / "golden_losses.json").read_text())
-HERE = {
-    "torch": torch.__version__,
-    "transformers": transformers.__version__,
-    "cpu": torch.backends.cpu.get_cpu_capability(),
-}
 ARGUMENTS = {
     "max_steps": 3,
     "logging_steps": 1,
@@ -48,10 +41,7 @@ def arguments(output: Path, **more) -> list[str]:
 def check(name: str, output: Path) -> None:
     """Compares the losses of a run with the golden ones."""
     losses = [record["loss"] for record in read_log(output)]
-    if GOLDEN["recorded"] == HERE:
-        assert losses == GOLDEN["losses"][name]
-    else:
-        assert losses == pytest.approx(GOLDEN["losses"][name], rel=1e-3)
+    assert losses == pytest.approx(GOLDEN["losses"][name], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

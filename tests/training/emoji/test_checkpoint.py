@@ -16,6 +16,7 @@ from modeling_lavit.training.recipe_file import load_recipe, parse_yaml
 
 SMALL = [
     f"data.path={EMOJI}",
+    "data.more=null",
     "data.validation=null",
     *(entry for entry in arguments("unused", max_steps=1, eval_strategy="no") if "output_dir" not in entry),
 ]
@@ -42,7 +43,7 @@ def test_a_step_that_fails_says_so_in_a_line(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode and "error: classifier failed: " in done.stderr and "classifier.log" in done.stderr
+    assert done.returncode and "error: wide_teacher failed: " in done.stderr and "wide_teacher.log" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 

@@ -18,7 +18,8 @@ from modeling_lavit.training.emoji.train_classifier import ClassifierStage
 from modeling_lavit.training.emoji.train_visual_tokenizer import EmojiTokenizerStage
 
 
-DATA = (f"data.path={EMOJI}", "data.validation=null")
+DATA = (f"data.path={EMOJI}", "data.more=null", "data.validation=null")
+STILL = "augmentation.redraw=0"
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,25 @@ def filled(monkeypatch, stage: type, find) -> None:
 @pytest.mark.parametrize("name", ["teacher", "classifier"])
 def test_classifiers_have_the_losses_they_had(tmp_path, monkeypatch, name):
     filled(monkeypatch, ClassifierStage, lambda model: [model.classifier])
-    main([name, *DATA, *arguments(tmp_path)])
+    main([name, *DATA, STILL, *arguments(tmp_path)])
     check(f"emoji_{name}", tmp_path)
 
 
 def test_stage_zero_has_the_losses_it_had(parts, tmp_path, monkeypatch):
     filled(monkeypatch, EncoderStage, lambda model: [model.encoder, model.heads, model.teacher_maps, model.style_map])
     teachers = f"teacher={parts / 'teacher'}", f"name_teachers=[{parts / 'wide'}]", f"style_teacher={parts / 'style'}"
-    main(["encoder", *DATA, *teachers, f"model={sizes(image_size=48, patch_size=8)}", *arguments(tmp_path)])
+    repeat = "data.repeat={Animals & Nature: 4, Food & Drink: 4}"
+    main(
+        [
+            "encoder",
+            *DATA,
+            STILL,
+            repeat,
+            *teachers,
+            f"model={sizes(image_size=48, patch_size=8)}",
+            *arguments(tmp_path),
+        ]
+    )
     check("emoji_encoder", tmp_path)
 
 
@@ -90,11 +102,12 @@ def test_stage_two_of_named_images_has_the_losses_it_had(parts, tmp_path):
     overrides = [
         f"start={parts / 'emoji_lavit'}",
         "tokenizer=null",
+        "objective.packing=null",
         f"mixup={{number: 12, teachers: [{parts / 'teacher'}, {parts / 'wide'}]}}",
         "code_views.number=1",
         f"mixture={{{mixture}, draw: 0.2, restyle: 0.1}}",
     ]
-    main(["language_model", *DATA, *overrides, *arguments(tmp_path, per_device_train_batch_size=12)])
+    main(["language_model", *DATA, STILL, *overrides, *arguments(tmp_path, per_device_train_batch_size=12)])
     check("emoji_language_model", tmp_path)
 
 

@@ -30,7 +30,16 @@ ONLY_READING_AND_DRAWING = "mixture={style_question: 0, name_question: 0}"
 
 
 def train(recipe: str, output: Path, *overrides: str) -> Path:
-    main([recipe, DATA, *arguments(output, max_steps=2, eval_strategy="no"), "data.validation=null", *overrides])
+    main(
+        [
+            recipe,
+            DATA,
+            *arguments(output, max_steps=2, eval_strategy="no"),
+            "data.validation=null",
+            "data.more=null",
+            *overrides,
+        ]
+    )
     return output / "final"
 
 
@@ -103,7 +112,7 @@ def test_every_stage_reports_its_figures_of_held_out_images(stages, tmp_path):
         ),
     }
     for recipe, (overrides, figures) in more.items():
-        main([recipe, DATA, *overrides, *arguments(tmp_path / recipe, max_steps=1)])
+        main([recipe, DATA, "data.more=null", *overrides, *arguments(tmp_path / recipe, max_steps=1)])
         records = [json.loads(line) for line in (tmp_path / recipe / "log.jsonl").read_text().splitlines()]
         (record,) = [record for record in records if "eval_loss" in record]
         assert {f"eval_{figure}" for figure in figures} <= record.keys(), recipe

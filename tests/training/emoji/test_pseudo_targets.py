@@ -149,7 +149,7 @@ def test_pseudo_targets_are_targets_of_their_share(embedded, images, targets, ta
 
 
 def test_a_stage_that_draws_its_targets_needs_a_start(folder):
-    overrides = [f"data.path={folder}", "data.validation=null", "tokenizer=null", "mixup.number=0"]
+    overrides = [f"data.path={folder}", "data.more=null", "data.validation=null", "tokenizer=null", "mixup.number=0"]
     overrides += ["pseudo_targets={number: 4, share: 0.3}"]
     recipe = load_recipe(RECIPES / "language_model.yaml", [*overrides, "start=lavit-emoji"], EmojiLanguageModelRecipe)
     stage = EmojiLanguageModelStage()

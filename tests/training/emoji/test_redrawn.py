@@ -72,6 +72,7 @@ def with_more() -> NamedImages:
     images.order = list(range(12))
     more.names = [*more.names, "nobody knows this"]
     more.images, more.name = more.images[:3], torch.tensor([2, len(more.names) - 1, 0])
+    more.order = [0, 1, 2]
     images.append(more)
     return images
 

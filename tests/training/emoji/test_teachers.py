@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 STILL = Augmentation(share=0.0)
 MOVED = Augmentation(share=1.0, scale=0.3, tint=0.3)
-DATA = [f"data.path={EMOJI}", "data.validation=null"]
+DATA = [f"data.path={EMOJI}", "data.more=null", "data.validation=null"]
 
 
 def only(**tasks: float) -> NamedMixture:
