@@ -1,6 +1,8 @@
 """One replica: a pipeline, and a thread on which it draws, writes, and does both in one stream."""
 
 import asyncio
+import ctypes
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +15,10 @@ from modeling_lavit.pipeline_lavit import LavitPipeline
 from modeling_lavit.serving.batching import AbandonedError, Batcher, Waiting
 from modeling_lavit.serving.requests import Answer, Description, Drawing, Refusal, Writing
 from modeling_lavit.serving.settings import ServeSettings
+
+
+# of glibc alone
+malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class LavitEngine:
@@ -63,11 +69,14 @@ class LavitEngine:
 
     def _run(self, settings: tuple, batch: list[Waiting]) -> list[Answer]:
         mode, *rest = settings
-        if mode == "draw":
-            return self._draw(batch, *rest)
-        if mode == "compose":
-            return self._compose(batch, *rest)
-        return self._write(batch, *rest, streaming=mode == "stream")
+        try:
+            if mode == "draw":
+                return self._draw(batch, *rest)
+            if mode == "compose":
+                return self._compose(batch, *rest)
+            return self._write(batch, *rest, streaming=mode == "stream")
+        finally:
+            release_memory()
 
     def _draw(self, batch: list[Waiting], size: tuple[int, int] | None) -> list[Answer]:
         drawings: list[Drawing] = [one.request for one in batch]
@@ -233,6 +242,13 @@ def _stop_if_abandoned(batch: list[Waiting]) -> None:
 def seeded(seed: int) -> torch.Generator:
     """The generator of one image or answer."""
     return torch.Generator().manual_seed(seed)
+
+
+def release_memory() -> None:
+    """Gives the pages that are free back to the system. glibc keeps them, and batches of many sizes leave more and
+    more of them, of which few fit the next batch."""
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def load_pipeline(settings: ServeSettings) -> LavitPipeline:
