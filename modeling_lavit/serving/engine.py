@@ -30,6 +30,7 @@ class LavitEngine:
     def __init__(self, settings: ServeSettings):
         self.pipe = load_pipeline(settings)
         self.model, self.processor = self.pipe.model, self.pipe.processor
+        self.max_tokens = settings.max_tokens
         self.batcher = Batcher(self._run, settings.max_batch_size)
 
     async def describe(self) -> Description:
@@ -141,7 +142,7 @@ class LavitEngine:
             answers.append(Answer([text.shown()], int(mask.sum()), len(text.ids), ended, len(batch)))
         return answers
 
-    def _compose(self, batch: list[Waiting], _preset, max_tokens: int, *_) -> list[Answer]:
+    def _compose(self, batch: list[Waiting], _preset, max_tokens: int | None, *_) -> list[Answer]:
         inputs = self._inputs(batch, generation_mode="interleaved")
         generators = [seeded(one.request.seed) for one in batch]
         rows = self.model.generate(
@@ -149,7 +150,7 @@ class LavitEngine:
             generation_mode="interleaved",
             max_new_tokens=max_tokens,
             generator=generators,
-            stopping_criteria=StoppingCriteriaList([ClientsGone(batch)]),
+            stopping_criteria=StoppingCriteriaList([ClientsGone(batch), IdsWritten(self.max_tokens)]),
         )
         answers = []
         for row, mask, generator in zip(rows, inputs["attention_mask"], generators, strict=True):
@@ -232,6 +233,17 @@ class ClientsGone(StoppingCriteria):
         gone = [one.is_abandoned for one in self.batch]
         # of beam search the rows of one prompt stand together
         return torch.tensor(gone, device=input_ids.device).repeat_interleave(len(input_ids) // len(gone))
+
+
+class IdsWritten(StoppingCriteria):
+    """Ends all rows after `count` ids, however long the context is; there may be less room."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.left -= 1
+        return torch.full((len(input_ids),), self.left <= 0, device=input_ids.device)
 
 
 def _stop_if_abandoned(batch: list[Waiting]) -> None:

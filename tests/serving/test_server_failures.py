@@ -1,4 +1,4 @@
-"""What nobody foresaw, and what no replica takes: told as the API's errors, counted, and without details of the inside."""
+"""What nobody foresaw, and what no replica takes: told as the API's errors, counted, and without inner details."""
 
 import asyncio
 
