@@ -59,15 +59,16 @@ STEPS = {
     ),
     "tokenizer": Step("tokenizer", {"encoder": "encoder"}, lengths((2400, 32), (1300, 128)), threads=2),
     "pixel_decoder_features": Step("pixel_decoder_features", {"encoder": "encoder"}, lengths((1000, 32), (2000, 64))),
+    "reading": Step("reading", {"tokenizer": "tokenizer"}, lengths((600, 64), (600, 128))),
     "language_model": Step(
         "language_model",
-        {"tokenizer": "tokenizer", "mixup.teachers": ["teacher", "wide_teacher"]},
-        lengths((3800, 40), (4500, 96)),
+        {"tokenizer": "tokenizer", "start": "reading", "mixup.teachers": ["teacher", "wide_teacher"]},
+        lengths((4200, 40), (4500, 96)),
     ),
     "pixel_decoder": Step(
         "pixel_decoder",
         {"tokenizer": "tokenizer", "start": "pixel_decoder_features"},
-        lengths((2100, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
+        lengths((3400, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
     ),
     "classifier": Step("classifier"),
 }
