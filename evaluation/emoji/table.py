@@ -85,6 +85,8 @@ def results(report: dict) -> list[dict]:
     for task, metric, figure, key, protocol in kinds:
         for split in ("seen", "held_out"):
             value, count = report[split][figure], report[split]["images"]
+            if task == "drawings":
+                count = value.get("prompts")
             found.append(
                 {
                     "task": task,
@@ -93,7 +95,7 @@ def results(report: dict) -> list[dict]:
                     "score": value[key] if key else value,
                     "protocol": protocol,
                     "settings": {"split": split.replace("_", " ")},
-                    "ids": {"count": value.get("prompts", count) if key else count},
+                    "ids": {"count": count} if count else {},
                 }
             )
     return found
