@@ -135,6 +135,10 @@ class Gate:
             await self.app(scope, await self._received(receive, headers), counted_send)
         except ApiError as error:
             await error.response()(scope, receive, counted_send)
+        except Exception:
+            # answered outside of this middleware
+            status = 500
+            raise
         finally:
             self.server.running -= 1
             metrics.in_flight.dec()

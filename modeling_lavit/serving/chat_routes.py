@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 
 from modeling_lavit.serving.client import ask_all, checked
-from modeling_lavit.serving.errors import ApiError
+from modeling_lavit.serving.errors import ApiError, unexpected_error
 from modeling_lavit.serving.image_routes import check_n, check_texts, chosen_size, seeds_of
 from modeling_lavit.serving.images import ImageReader, data_uri
 from modeling_lavit.serving.requests import Answer, Drawing, Writing
@@ -157,8 +157,9 @@ async def _events(
         while isinstance(piece, str):
             yield event({"content": piece})
             piece = checked(await anext(pieces))
-    except ApiError as error:
-        yield f"data: {bytes(error.response().body).decode()}\n\n"
+    except Exception as error:
+        told = error if isinstance(error, ApiError) else unexpected_error()
+        yield f"data: {bytes(told.response().body).decode()}\n\n"
         return
     finally:
         await pieces.aclose()

@@ -1,12 +1,13 @@
 """How routes reach the engine: on Ray, whose errors become the API's, or in the same process."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from modeling_lavit.serving.errors import ApiError
 from modeling_lavit.serving.requests import Answer, Description, Drawing, Refusal, Writing
@@ -72,7 +73,7 @@ class ReplicaClient:
         except CLUSTER_ERRORS as error:
             raise _told(error) from error
         finally:
-            generator.cancel()
+            _cancel(generator)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         for attempt in range(ATTEMPTS):
@@ -80,11 +81,17 @@ class ReplicaClient:
             try:
                 return await response
             except asyncio.CancelledError:
-                response.cancel()
+                _cancel(response)
                 raise
             except CLUSTER_ERRORS as error:
                 if attempt + 1 == ATTEMPTS or not isinstance(error, RayActorError):
                     raise _told(error) from error
+
+
+def _cancel(response: DeploymentResponse | DeploymentResponseGenerator) -> None:
+    # of a request that no replica took, Ray raises the reason once more
+    with contextlib.suppress(*CLUSTER_ERRORS):
+        response.cancel()
 
 
 def _told(error: Exception) -> ApiError:

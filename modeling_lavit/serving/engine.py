@@ -1,6 +1,8 @@
 """One replica: a pipeline, and a thread on which it draws, writes, and does both in one stream."""
 
 import asyncio
+import ctypes
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +17,10 @@ from modeling_lavit.serving.requests import Answer, Description, Drawing, Refusa
 from modeling_lavit.serving.settings import ServeSettings
 
 
+# of glibc alone
+malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
 class LavitEngine:
     """Holds the model and answers requests, those of equal settings together.
 
@@ -24,6 +30,7 @@ class LavitEngine:
     def __init__(self, settings: ServeSettings):
         self.pipe = load_pipeline(settings)
         self.model, self.processor = self.pipe.model, self.pipe.processor
+        self.max_tokens = settings.max_tokens
         self.batcher = Batcher(self._run, settings.max_batch_size)
 
     async def describe(self) -> Description:
@@ -63,11 +70,14 @@ class LavitEngine:
 
     def _run(self, settings: tuple, batch: list[Waiting]) -> list[Answer]:
         mode, *rest = settings
-        if mode == "draw":
-            return self._draw(batch, *rest)
-        if mode == "compose":
-            return self._compose(batch, *rest)
-        return self._write(batch, *rest, streaming=mode == "stream")
+        try:
+            if mode == "draw":
+                return self._draw(batch, *rest)
+            if mode == "compose":
+                return self._compose(batch, *rest)
+            return self._write(batch, *rest, streaming=mode == "stream")
+        finally:
+            release_memory()
 
     def _draw(self, batch: list[Waiting], size: tuple[int, int] | None) -> list[Answer]:
         drawings: list[Drawing] = [one.request for one in batch]
@@ -132,7 +142,7 @@ class LavitEngine:
             answers.append(Answer([text.shown()], int(mask.sum()), len(text.ids), ended, len(batch)))
         return answers
 
-    def _compose(self, batch: list[Waiting], _preset, max_tokens: int, *_) -> list[Answer]:
+    def _compose(self, batch: list[Waiting], _preset, max_tokens: int | None, *_) -> list[Answer]:
         inputs = self._inputs(batch, generation_mode="interleaved")
         generators = [seeded(one.request.seed) for one in batch]
         rows = self.model.generate(
@@ -140,7 +150,7 @@ class LavitEngine:
             generation_mode="interleaved",
             max_new_tokens=max_tokens,
             generator=generators,
-            stopping_criteria=StoppingCriteriaList([ClientsGone(batch)]),
+            stopping_criteria=StoppingCriteriaList([ClientsGone(batch), IdsWritten(self.max_tokens)]),
         )
         answers = []
         for row, mask, generator in zip(rows, inputs["attention_mask"], generators, strict=True):
@@ -225,6 +235,17 @@ class ClientsGone(StoppingCriteria):
         return torch.tensor(gone, device=input_ids.device).repeat_interleave(len(input_ids) // len(gone))
 
 
+class IdsWritten(StoppingCriteria):
+    """Ends all rows after `count` ids, however long the context is; there may be less room."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.left -= 1
+        return torch.full((len(input_ids),), self.left <= 0, device=input_ids.device)
+
+
 def _stop_if_abandoned(batch: list[Waiting]) -> None:
     if all(one.is_abandoned for one in batch):
         raise AbandonedError
@@ -233,6 +254,13 @@ def _stop_if_abandoned(batch: list[Waiting]) -> None:
 def seeded(seed: int) -> torch.Generator:
     """The generator of one image or answer."""
     return torch.Generator().manual_seed(seed)
+
+
+def release_memory() -> None:
+    """Gives the pages that are free back to the system. glibc keeps them, and batches of many sizes leave more and
+    more of them, of which few fit the next batch."""
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def load_pipeline(settings: ServeSettings) -> LavitPipeline:

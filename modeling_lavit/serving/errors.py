@@ -67,6 +67,12 @@ def refuse_validation(error: RequestValidationError | ValidationError) -> ApiErr
     return ApiError(400, f"{param or 'body'}: {first['msg']}", param, "invalid_value")
 
 
+def unexpected_error() -> ApiError:
+    """What a client is told of the exception at hand, which nobody foresaw; the log has it."""
+    logger.exception("a request failed")
+    return ApiError(500, "the server failed on this request; its log says why")
+
+
 def add_error_handlers(api: FastAPI) -> None:
     """Makes every error of an application, its own and the framework's, one of the API's."""
 
@@ -88,5 +94,4 @@ def add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.exception("a request failed")
-        return ApiError(500, "the server failed on this request; its log says why").response()
+        return unexpected_error().response()

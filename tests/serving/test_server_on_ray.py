@@ -56,6 +56,11 @@ class Served:
     def draw(self, seed: int = 0) -> str:
         return self.client.images.generate(prompt="red apple", extra_body={"seed": seed}).data[0].b64_json
 
+    def write(self) -> str:
+        messages = [{"role": "user", "content": "which style is this?"}]
+        pieces = self.client.chat.completions.create(model="lavit-emoji", messages=messages, stream=True)
+        return "".join(piece.choices[0].delta.content or "" for piece in pieces)
+
     def engines(self) -> list[psutil.Process]:
         return [
             one
@@ -105,6 +110,12 @@ def test_a_full_queue_answers_429_at_once(served):
     # 4 run, 4 wait in the replica and 4 in the queue
     assert len(refused) >= 40 - 12 - 4 and max(refused) < 5
     assert all(len(what) > 100 for what, _ in outcomes if what != "429")
+
+
+def test_streams_that_find_the_queue_full_are_refused_in_the_same_way(served):
+    with ThreadPoolExecutor(40) as pool:
+        outcomes = {what for what, _ in pool.map(lambda _: outcome(served.write), range(40))}
+    assert "429" in outcomes and not any(what.startswith("5") for what in outcomes)
 
 
 def test_clients_that_go_away_free_their_places(served):

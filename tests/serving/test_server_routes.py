@@ -207,6 +207,12 @@ def test_text_and_images_come_as_parts_in_one_answer(client):
     assert content and {one["type"] for one in content} <= {"text", "image_url"}
 
 
+def test_an_answer_of_text_and_images_ends_at_the_server_s_limit(client, engine, monkeypatch):
+    monkeypatch.setattr(engine, "max_tokens", 5)
+    response = chat(client, user(text("red apple")), modalities=["text", "image"], seed=1)
+    assert response.choices[0].finish_reason == "length" and response.usage.completion_tokens == 5
+
+
 @pytest.mark.parametrize(
     ("payload", "status", "param"),
     [
