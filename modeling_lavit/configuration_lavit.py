@@ -146,8 +146,8 @@ class LavitDetokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As every configuration's. `variant="bf16"`, which Auto classes pass on, names weight files, not a decoder; it
-        is left to the model."""
+        """As every configuration's. `variant="bf16"`, which Auto classes pass on, names weight files, not a decoder,
+        and is left to the model."""
         of_files = {} if kwargs.get("variant") in ("highres", "lowres") else {"variant": kwargs.pop("variant", None)}
         loaded = super().from_dict(config_dict, **kwargs)
         if not isinstance(loaded, tuple):
