@@ -8,7 +8,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MODEL := checkpoints/lavit-emoji
 JOBS := 2
 
-.PHONY: help demo test test-slow test-versions test-extras test-peers test-serve test-app test-vllm bench checkpoint generate images style types docs
+.PHONY: help demo test test-slow test-versions test-extras test-peers test-serve test-app test-vllm bench checkpoint figures generate images style types docs
 
 help:
 	@echo "make demo    set up, then draw, read, reconstruct and show visual tokens; MODEL=folder for another checkpoint"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-peers     the common tests of transformers and diffusers on our classes; PEERS=folder of their archives"
 	@echo "make bench   set up, then time every row two ways into benchmarks/results; ROWS='merger head' for some, REPEATS=3"
 	@echo "make checkpoint  makes the embedded checkpoint from scratch: images, teachers, all stages; PROFILE=gpu"
+	@echo "make figures  measures the embedded checkpoint again: tables, examples, formats, its card; MODEL=folder, DATA=folder"
 	@echo "make images  set up, then draw those of training/emoji/images; DATA=folder for other images, MODEL=folder"
 	@echo "make docs    set up, then build docs/ as HTML in docs/_build/html"
 	@echo "make generate  set up, then write the code and the card of the embedded checkpoint again"
@@ -125,6 +126,28 @@ checkpoint: $(INSTALLED)
 	$(BIN)/lavit evaluate emoji --model $(RUNS)/lavit-emoji --data data/emoji --classifier $(RUNS)/classifier/final \
 	    --foreign data/emoji_more --output $(RUNS)/evaluation.json --sheet $(RUNS)/samples.png
 	$(BIN)/lavit show reconstructions --data data/emoji --model $(RUNS)/lavit-emoji -o $(RUNS)/reconstructions.png
+
+# minutes: everything that the card and docs/emoji_checkpoint.md say of the weights
+EXAMPLES := cat_face_in_fluent_style croissant_in_noto_style red_apple_in_twemoji_style sunflower_in_blob_style
+figures: export HF_HUB_OFFLINE := 1
+figures: export OMP_NUM_THREADS ?= 1
+figures: DATA := data/emoji
+figures: $(INSTALLED) .venv-torchao
+	$(BIN)/lavit evaluate emoji --model $(MODEL) --data $(DATA) --classifier tests/fixtures/classifier --count 200 --seeds 3 \
+	    --output $(MODEL)/figures.json --sheet $(MODEL)/samples.png
+	$(BIN)/python -m modeling_lavit.evaluation.emoji.table $(MODEL)/figures.json docs/emoji_checkpoint.md \
+	    $(MODEL)/evaluation/emoji/results.json
+	mkdir -p $(MODEL)/examples
+	@set -e; for name in $(EXAMPLES); do \
+	    $(BIN)/lavit generate "$$(echo $$name | tr _ ' ')" --model $(MODEL) -o $(MODEL)/examples/$$name.png --seed 0 --enlarge 4; \
+	done
+	PYTHONPATH=.venv-torchao $(BIN)/lavit evaluate formats --images $(DATA) --model $(MODEL) --limit 256 \
+	    --output $(MODEL)/evaluation/formats
+	$(BIN)/python -m modeling_lavit.publishing.refresh $(MODEL)
+
+# apart from .venv: with it installed, transformers imports it, and it prints at import
+.venv-torchao: $(INSTALLED) constraints.txt
+	rm -rf $@; $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ torchao
 
 # warnings are errors, such as a link to a page or heading that is not there
 docs: export HF_HUB_OFFLINE := 1

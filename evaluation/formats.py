@@ -119,7 +119,7 @@ def evaluate_formats(
         "task": "formats",
         "dataset": Path(images).name,
         "protocol": f"against float32, on {device.type}; captions by the checkpoint's preset; int8 and int4: linear "
-        "layers by torchao, the rest in bfloat16",
+        "layers by torchao, the rest in bfloat16; a weight of int4 takes a byte in the file",
         "formats": rows,
         "settings": {"limit": limit, "seed": seed, "batch_size": batch_size, "int4_group": GROUP},
         "checkpoint": checkpoint_hash(model),

@@ -144,6 +144,17 @@ class LavitDetokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
             raise ValueError(f"the lowres variant has one entry in prompt_embed_dims, got {self.prompt_embed_dims}")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As every configuration's. `variant="bf16"`, which Auto classes pass on, names weight files, not a decoder,
+        and is left to the model."""
+        of_files = {} if kwargs.get("variant") in ("highres", "lowres") else {"variant": kwargs.pop("variant", None)}
+        loaded = super().from_dict(config_dict, **kwargs)
+        if not isinstance(loaded, tuple):
+            return loaded
+        config, unused = loaded
+        return config, unused | {name: value for name, value in of_files.items() if value is not None}
+
 
 @strict
 class LavitConfig(SavedWithCodeMixin, PreTrainedConfig):

@@ -3,6 +3,7 @@
 Legend: B images, N patches, C width, K codes in the codebook, D their dimension, n kept patches of one image.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .encoder_lavit import build_encoder
 from .keeping_lavit import keep_best, keep_for_quality
 from .layers_lavit import LavitLayer, mixed_precision, requested, take_rows
 from .loading_lavit import StrictLoadingMixin
-from .saving_lavit import SavedWithCodeMixin
+from .saving_lavit import TRANSFORMERS_CODE, SavedWithCodeMixin, write_json
 from .visual_tokens_lavit import LavitVisualFeatures, LavitVisualTokens
 
 
@@ -379,3 +380,13 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:
         """See [`tokenize`]; `return_dict=False` gives a tuple."""
         return self.tokenize(pixel_values, **kwargs)
+
+    def save_extra_files(self, folder: Path) -> None:
+        """The configuration of the image processor that images for it go through."""
+        side = self.config.image_size
+        config = {
+            "auto_map": {"AutoImageProcessor": f"{TRANSFORMERS_CODE}.LavitImageProcessor"},
+            "image_processor_type": "LavitImageProcessor",
+            "size": {"height": side, "width": side},
+        }
+        write_json(folder / "preprocessor_config.json", config)

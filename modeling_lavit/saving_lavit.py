@@ -6,6 +6,7 @@ package is not installed, `trust_remote_code=True` loads it. `auto_map` in the c
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,10 @@ FAMILIES = (
 )
 # in examples of a card, and in the index of diffusers' modular pipelines, until the repository has a name
 REPOSITORY = "ORGANISATION/NAME"
+REPOSITORY_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MODULAR_INDEX = "modular_model_index.json"
+# of peft
+ADAPTER_CONFIG = "adapter_config.json"
 PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
 
 
@@ -156,14 +160,26 @@ def make_card(folder: Path, tags: list[str] | None, place: Path, repository: str
 
 
 def named_files(folder: Path, repository: str) -> dict[str, str]:
-    """Files that say where the components of diffusers' `ModularPipeline` are to be loaded from."""
-    if not (folder / MODULAR_INDEX).is_file():
-        return {}
-    index = json.loads((folder / MODULAR_INDEX).read_text(encoding="utf-8"))
-    for part in index.values():
-        if isinstance(part, list) and part[-1].get("pretrained_model_name_or_path") == REPOSITORY:
-            part[-1]["pretrained_model_name_or_path"] = repository
-    return {MODULAR_INDEX: as_json(index)}
+    """Files with names in them that only hold here: of diffusers' `ModularPipeline`, where its components are loaded
+    from; of adapters, which folder they were trained on."""
+    texts = {}
+    if (folder / MODULAR_INDEX).is_file():
+        index = json.loads((folder / MODULAR_INDEX).read_text(encoding="utf-8"))
+        for part in index.values():
+            if isinstance(part, list) and part[-1].get("pretrained_model_name_or_path") == REPOSITORY:
+                part[-1]["pretrained_model_name_or_path"] = repository
+        texts[MODULAR_INDEX] = as_json(index)
+    for file in folder.glob(f"**/{ADAPTER_CONFIG}"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        if base and not is_on_hub(base):
+            texts[file.relative_to(folder).as_posix()] = as_json({**config, "base_model_name_or_path": None})
+    return texts
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether this is a repository's name and no folder here."""
+    return REPOSITORY_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def upload(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
+from modeling_lavit.saving_lavit import is_on_hub
 from modeling_lavit.training.recipe import Recipe
 
 
@@ -41,16 +42,12 @@ def _record(trainer: Trainer, recipe: Recipe) -> dict:
     if arguments.load_best_model_at_end and state.best_global_step is not None:
         record["result"] = f"of step {state.best_global_step}, the best by {arguments.metric_for_best_model}"
     record["versions"] = ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name)))
-    if _is_on_hub(recipe.data.path):
+    if is_on_hub(recipe.data.path):
         record["datasets"] = [recipe.data.path]
     start = getattr(recipe, "start", None)
-    if start and _is_on_hub(str(start)):
+    if start and is_on_hub(str(start)):
         record["base_model"] = str(start)
     return record
-
-
-def _is_on_hub(name: str) -> bool:
-    return name.count("/") == 1 and not Path(name).exists()
 
 
 def _curve(history: list[dict], name: str) -> list[tuple[int, float]]:

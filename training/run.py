@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from modeling_lavit.command_line.common import Parser
+from modeling_lavit.publishing.card import README, write_model_card
 from modeling_lavit.training.callbacks import AfterStepCallback, EpochCallback, LogCallback
 from modeling_lavit.training.checkpoints import last_whole_checkpoint
 from modeling_lavit.training.recipe import Recipe
@@ -205,7 +206,10 @@ def write_result(stage: Stage, model, trainer: StageTrainer, parts: Parts, recip
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     stage.finish(model, parts, recipe, partial)
-    write_record(trainer, recipe, partial)
+    for folder in filter(Path.is_dir, (partial, partial / "adapter")):
+        write_record(trainer, recipe, folder)
+        if (folder / README).is_file():
+            write_model_card(folder)
     os.replace(partial, output_dir / "final")
     print(f"{output_dir}/final is complete")
 

@@ -479,7 +479,10 @@ FAMILIES = (
 )
 # in examples of a card, and in the index of diffusers' modular pipelines, until the repository has a name
 REPOSITORY = "ORGANISATION/NAME"
+REPOSITORY_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 MODULAR_INDEX = "modular_model_index.json"
+# of peft
+ADAPTER_CONFIG = "adapter_config.json"
 PUSH_OPTIONS = ("commit_message", "create_pr", "private", "repo_id", "revision", "tags", "token")
 
 
@@ -597,14 +600,26 @@ def make_card(folder: Path, tags: list[str] | None, place: Path, repository: str
 
 
 def named_files(folder: Path, repository: str) -> dict[str, str]:
-    """Files that say where the components of diffusers' `ModularPipeline` are to be loaded from."""
-    if not (folder / MODULAR_INDEX).is_file():
-        return {}
-    index = json.loads((folder / MODULAR_INDEX).read_text(encoding="utf-8"))
-    for part in index.values():
-        if isinstance(part, list) and part[-1].get("pretrained_model_name_or_path") == REPOSITORY:
-            part[-1]["pretrained_model_name_or_path"] = repository
-    return {MODULAR_INDEX: as_json(index)}
+    """Files with names in them that only hold here: of diffusers' `ModularPipeline`, where its components are loaded
+    from; of adapters, which folder they were trained on."""
+    texts = {}
+    if (folder / MODULAR_INDEX).is_file():
+        index = json.loads((folder / MODULAR_INDEX).read_text(encoding="utf-8"))
+        for part in index.values():
+            if isinstance(part, list) and part[-1].get("pretrained_model_name_or_path") == REPOSITORY:
+                part[-1]["pretrained_model_name_or_path"] = repository
+        texts[MODULAR_INDEX] = as_json(index)
+    for file in folder.glob(f"**/{ADAPTER_CONFIG}"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        if base and not is_on_hub(base):
+            texts[file.relative_to(folder).as_posix()] = as_json({**config, "base_model_name_or_path": None})
+    return texts
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether this is a repository's name and no folder here."""
+    return REPOSITORY_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 def upload(
@@ -947,6 +962,17 @@ class LavitDetokenizerConfig(SavedWithCodeMixin, PreTrainedConfig):
         if self.variant == "lowres" and len(self.prompt_embed_dims) != 1:
             raise ValueError(f"the lowres variant has one entry in prompt_embed_dims, got {self.prompt_embed_dims}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As every configuration's. `variant="bf16"`, which Auto classes pass on, names weight files, not a decoder,
+        and is left to the model."""
+        of_files = {} if kwargs.get("variant") in ("highres", "lowres") else {"variant": kwargs.pop("variant", None)}
+        loaded = super().from_dict(config_dict, **kwargs)
+        if not isinstance(loaded, tuple):
+            return loaded
+        config, unused = loaded
+        return config, unused | {name: value for name, value in of_files.items() if value is not None}
 
 
 @strict
@@ -2149,6 +2175,16 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:
         """See [`tokenize`]; `return_dict=False` gives a tuple."""
         return self.tokenize(pixel_values, **kwargs)
+
+    def save_extra_files(self, folder: Path) -> None:
+        """The configuration of the image processor that images for it go through."""
+        side = self.config.image_size
+        config = {
+            "auto_map": {"AutoImageProcessor": f"{TRANSFORMERS_CODE}.LavitImageProcessor"},
+            "image_processor_type": "LavitImageProcessor",
+            "size": {"height": side, "width": side},
+        }
+        write_json(folder / "preprocessor_config.json", config)
 
 
 # -------- base_lavit.py

@@ -199,8 +199,9 @@ def evaluate(
         runs = seeds if split == "held_out" else 1
         drawn = [evaluation.draw_from_text(rows, seed) for seed in range(runs)]
         figures["text_to_image"] = mean_scores([scores for scores, _ in drawn]) | {"prompts": runs * len(rows)}
-        restyled = [evaluation.restyle(rows, everything, seed)[0] for seed in range(runs)]
-        figures["image_and_text_to_image"] = mean_scores(restyled)
+        restyled = [evaluation.restyle(rows, everything, seed) for seed in range(runs)]
+        prompts = sum(len(images) for _, images in restyled)
+        figures["image_and_text_to_image"] = mean_scores([scores for scores, _ in restyled]) | {"prompts": prompts}
         report[split] = figures
         drawings[split] = (rows, drawn[0][1], reconstructed)
         print(split, json.dumps(figures), flush=True)

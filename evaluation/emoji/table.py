@@ -1,13 +1,16 @@
 """The figures of `lavit evaluate emoji` as Markdown:
 
-`python -m modeling_lavit.evaluation.emoji.table FIGURES [PAGE]`.
+`python -m modeling_lavit.evaluation.emoji.table FIGURES [PAGE [RESULTS]]`.
 
-With a second file, the table there between `<!-- FIGURES -->` and `<!-- /FIGURES -->` is replaced.
+With a second file, the table there between `<!-- FIGURES -->` and `<!-- /FIGURES -->` is replaced; a third one is
+written in the form that model cards read.
 """
 
 import json
 import sys
 from pathlib import Path
+
+from modeling_lavit.evaluation.output import write_json
 
 
 BEGIN, END = "<!-- FIGURES -->", "<!-- /FIGURES -->"
@@ -69,14 +72,50 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def results(report: dict) -> list[dict]:
+    """The main figures, each as `lavit evaluate` writes results of other data."""
+    by_classifier = "the checkpoint's defaults; by a classifier that takes part in no training"
+    kinds = [
+        ("captions", "caption is the name", "caption_exact", None, "word for word"),
+        ("answers", "style is right", "style_question", None, "word for word"),
+        ("drawings", "from text: name in the top 5", "text_to_image", "name_top5", by_classifier),
+        ("drawings", "from text: style is right", "text_to_image", "style", by_classifier),
+        ("drawings", "from image and style: name in the top 5", "image_and_text_to_image", "name_top5", by_classifier),
+        ("tokens", "reconstruction: name in the top 5", "reconstruction", "name_top5", by_classifier),
+        ("tokens", "reconstruction: PSNR (dB)", "reconstruction", "psnr", "mean over images"),
+    ]
+    found = []
+    for task, metric, figure, key, protocol in kinds:
+        for split in ("seen", "held_out"):
+            value, count = report[split][figure], report[split]["images"]
+            if task == "drawings":
+                count = value.get("prompts")
+            found.append(
+                {
+                    "task": task,
+                    "dataset": "emoji",
+                    "metric": metric,
+                    "score": value[key] if key else value,
+                    "protocol": protocol,
+                    "settings": {"split": split.replace("_", " ")},
+                    "ids": {"count": count} if count else {},
+                }
+            )
+    return found
+
+
 def main(arguments: list[str]) -> None:
-    text = table(json.loads(Path(arguments[0]).read_text()))
+    report = json.loads(Path(arguments[0]).read_text())
+    text = table(report)
     if len(arguments) == 1:
         print(text)
         return
     readme = Path(arguments[1])
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    if len(arguments) > 2:
+        Path(arguments[2]).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(arguments[2]), {"results": results(report)})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ def add_commands(add):
     command.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     command.add_argument("--message", metavar="TEXT", help="commit message (default: Upload LaVIT)")
     command.add_argument("--tags", nargs="+", metavar="TAG", help="more tags of the model card")
+    command.add_argument(
+        "--base-model", metavar="REPO", help="what an adapter was trained on, written into its configuration"
+    )
     command.add_argument("--token", help="of the Hub (default: that of hf auth login)")
     command = add(
         "verify",
@@ -65,15 +68,20 @@ def push(options: argparse.Namespace):
     folder = options.folder
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "processor_config.json")):
-        raise ValueError(f"{folder} is no saved model: it has no config.json")
     from modeling_lavit.publishing.upload import list_upload
-    from modeling_lavit.saving_lavit import upload
+    from modeling_lavit.saving_lavit import ADAPTER_CONFIG, edit_json, upload
 
+    if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG, "processor_config.json")):
+        raise ValueError(f"{folder} is no saved model: it has no config.json")
+
+    if options.base_model and not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"--base-model is of adapters: {folder} has no {ADAPTER_CONFIG}")
     if options.dry_run:
         for line in list_upload(folder, options.repo, options.revision, options.token):
             print(line)
         return
+    if options.base_model:
+        edit_json(folder / ADAPTER_CONFIG, lambda config: config.update(base_model_name_or_path=options.base_model))
     url = upload(
         folder,
         options.repo,

@@ -7,6 +7,7 @@ metadata that someone has written, stay when the card is generated again; every 
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
@@ -17,7 +18,13 @@ from transformers import AutoConfig
 from modeling_lavit.atomic_lavit import weights_of
 from modeling_lavit.configuration_lavit import LavitDetokenizerConfig
 from modeling_lavit.loading_lavit import read_json_object, read_shapes
-from modeling_lavit.saving_lavit import DIFFUSERS_CODE, REPOSITORY, TRANSFORMERS_CODE
+from modeling_lavit.saving_lavit import (
+    ADAPTER_CONFIG,
+    DIFFUSERS_CODE,
+    REPOSITORY,
+    TRANSFORMERS_CODE,
+    is_on_hub,
+)
 
 
 README = "README.md"
@@ -46,7 +53,6 @@ TASKS = {
 MARK = "<!-- made by lavit-hf: {} -->"
 MARKED = re.compile(r"<!-- made by lavit-hf: ([0-9a-f]{12}) -->")
 SECTION = re.compile(r"^(?=## )", re.MULTILINE)
-REPOSITORY_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 HEAD = re.compile(r"\A\s*---\n(.*?)\n---\s*\n", re.DOTALL)
 
 
@@ -99,6 +105,8 @@ def model_card(
         base_model=getattr(data, "base_model", None),
         codebook_size=config.get("codebook_size"),
         facts=_facts(kind, folder, config),
+        prompt=next(iter(_examples(extras).values()), "a red apple"),
+        has_understanding=(folder / "understanding.safetensors").is_file(),
         samples="samples.png" if (extras / "samples.png").is_file() else None,
         lowres=(folder / "lowres").is_dir(),
         training={name: value for name, value in training.items() if name not in ("base_model", "datasets")},
@@ -120,7 +128,7 @@ def merge_cards(theirs: str, ours: str) -> str:
 
     Args:
         theirs: the card that is there. Sections without a mark, or that differ from it, are someone's own, as are
-            those that the new card has not.
+            those that the new card has not. Sections of the empty form that peft writes are nobody's.
         ours: the new one.
     """
     head, own_head = (HEAD.match(card) for card in (theirs, ours))
@@ -131,17 +139,22 @@ def merge_cards(theirs: str, ours: str) -> str:
         return theirs
     if not isinstance(written, dict):
         return theirs
+    _drop_local_bases(written)
     tags = list(dict.fromkeys([*_as_list(written.get("tags")), *_as_list(metadata.get("tags"))]))
     measured = {name: metadata[name] for name in ("model-index",) if name in metadata}
     metadata = {**metadata, **written, **measured, "tags": tags}
     new = {_title(section): section for section in _sections(HEAD.sub("", ours))}
     merged = []
+    empty_form = {_without_versions(section) for section in _sections(ModelCard.from_template(ModelCardData()).text)}
     for section in _sections(HEAD.sub("", theirs)):
+        if _without_versions(section) in empty_form:
+            continue
         mark = MARKED.search(section)
         is_made = mark is not None and mark[1] == _digest(MARKED.sub("", section))
         made_again = new.pop(_title(section), None)
         merged.append((made_again if is_made and made_again else section).strip())
-    merged += [section.strip() for section in new.values()]
+    first = [new.pop("").strip()] if "" in new else []
+    merged = [*first, *merged, *(section.strip() for section in new.values())]
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10_000).strip()
     return f"---\n{head}\n---\n\n" + "\n\n".join(merged) + "\n"
 
@@ -152,6 +165,20 @@ def _mark(page: str) -> str:
 
 def _sections(page: str) -> list[str]:
     return [section for section in SECTION.split(page) if section.strip()]
+
+
+def _without_versions(section: str) -> str:
+    return section.split("### Framework versions")[0].strip()
+
+
+def _drop_local_bases(metadata: dict) -> None:
+    """Takes out base models that are folders on someone's machine, which peft writes down and the Hub refuses."""
+    bases = [base for base in _as_list(metadata.pop("base_model", None)) if is_on_hub(str(base))]
+    if bases:
+        metadata["base_model"] = bases if len(bases) > 1 else bases[0]
+    if "tags" in metadata:
+        parts = [(tag, str(tag).split(":")) for tag in _as_list(metadata["tags"])]
+        metadata["tags"] = [tag for tag, named in parts if named[0] != "base_model" or is_on_hub(named[-1])]
 
 
 def _title(section: str) -> str:
@@ -170,7 +197,7 @@ def _as_list(value) -> list:
 def _kind(folder: Path) -> tuple[str, dict]:
     if (folder / "model_index.json").is_file() and not (folder / "config.json").is_file():
         return "decoder", {}
-    for name, kind in (("unet/config.json", "pipeline"), ("adapter_config.json", "adapter"), ("config.json", None)):
+    for name, kind in (("unet/config.json", "pipeline"), (ADAPTER_CONFIG, "adapter"), ("config.json", None)):
         if (folder / name).is_file():
             file = folder / ("config.json" if kind == "pipeline" else name)
             config = read_json_object(file)
@@ -235,23 +262,26 @@ def _metadata(
         "base_model": training.get("base_model"),
     }
     if kind == "adapter":
-        base = read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
-        metadata["base_model"] = base if REPOSITORY_NAME.fullmatch(base or "") else None
+        base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        metadata["base_model"] = base if is_on_hub(base or "") else None
     metadata["base_model"] = given.get("base_model") or metadata["base_model"]
     if metadata["base_model"]:
         quantized = "quantization_config" in _kind(folder)[1]
         metadata["base_model_relation"] = "adapter" if kind == "adapter" else "quantized" if quantized else "finetune"
-    widget = [
-        {"text": file.stem, "output": {"url": f"examples/{file.name}"}}
-        for file in sorted((extras / "examples").glob("*.png"))
-    ]
+    widget = [{"text": prompt, "output": {"url": f"examples/{name}"}} for name, prompt in _examples(extras).items()]
     if widget:
         thumbnail = hf_hub_url(repository, widget[0]["output"]["url"])
         metadata |= {"widget": widget} | ({} if repository == REPOSITORY else {"thumbnail": thumbnail})
     if results:
-        metadata |= {"model_name": "LaVIT", "eval_results": [_eval_result(result) for result in results]}
+        model_name = "LaVIT" if repository == REPOSITORY else repository.split("/")[-1]
+        metadata |= {"model_name": model_name, "eval_results": [_eval_result(result) for result in results]}
     metadata |= given
     return ModelCardData(tags=tagged, **{name: value for name, value in metadata.items() if value is not None})
+
+
+def _examples(extras: Path) -> dict[str, str]:
+    """File -> prompt, of drawings for the widget; underscores stand for spaces."""
+    return {file.name: file.stem.replace("_", " ") for file in sorted((extras / "examples").glob("*.png"))}
 
 
 def _eval_result(result: dict) -> EvalResult:
@@ -265,7 +295,10 @@ def _eval_result(result: dict) -> EvalResult:
         metric_type=re.sub(r"[^\w.-]+", "-", result["metric"].lower()).strip("-"),
         metric_name=f"{result['metric']}; {result['protocol']}",
         metric_value=round(result["score"], 4),
-        metric_args={name: value for name, value in settings.items() if isinstance(value, str | int | float)},
+        metric_args={
+            name: value for name, value in settings.items() if name != "split" and isinstance(value, str | int | float)
+        }
+        or None,
         verified=False,
     )
 
@@ -283,17 +316,23 @@ def _row(result: dict) -> dict:
 
 def _results(extras: Path) -> list[dict]:
     results = []
-    for file in sorted((extras / "evaluation").glob("**/*.json")):
-        result = read_json_object(file)
+    for result in _evaluations(extras):
         if {"dataset", "metric", "protocol", "task"} <= result.keys() and isinstance(result.get("score"), float | int):
             results.append(result)
     return results
 
 
+def _evaluations(extras: Path) -> Iterator[dict]:
+    """The results in all files; one file may hold several, as `results`."""
+    for file in sorted((extras / "evaluation").glob("**/*.json")):
+        content = read_json_object(file)
+        several = content.get("results")
+        yield from (one for one in several if isinstance(one, dict)) if isinstance(several, list) else [content]
+
+
 def _formats(extras: Path) -> dict | None:
     """What `lavit evaluate formats` found."""
-    found = [read_json_object(file) for file in sorted((extras / "evaluation").glob("**/*.json"))]
-    return next((result for result in found if result.get("task") == "formats"), None)
+    return next((result for result in _evaluations(extras) if result.get("task") == "formats"), None)
 
 
 def _training(extras: Path) -> dict:

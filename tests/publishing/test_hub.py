@@ -239,6 +239,11 @@ def test_a_variant_lies_beside_the_other_weights_and_loads_again(folder, drawn, 
     assert LavitPipeline.from_pretrained(tmp_path, variant="bf16", dtype=torch.bfloat16).model.dtype == torch.bfloat16
     model = AutoModelForMultimodalLM.from_pretrained(tmp_path, variant="bf16")
     assert torch.equal(model.lm_head.weight, pipe.model.lm_head.weight)
+    detokenizer = AutoModel.from_pretrained(tmp_path, subfolder="detokenizer", variant="bf16", dtype=torch.bfloat16)
+    assert detokenizer.config.variant == "highres"
+    assert torch.equal(detokenizer.query_embedding, pipe.detokenizer.query_embedding)
+    (tmp_path / "detokenizer" / "model.safetensors").unlink()
+    assert AutoModel.from_pretrained(tmp_path / "detokenizer", variant="bf16").num_parameters()
 
 
 def test_only_safetensors_are_written(pipe, tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_visual_config
 
 from modeling_lavit import LavitPipeline, LavitVisualTokenizer
-from modeling_lavit.publishing.card import merge_cards, model_card
+from modeling_lavit.publishing.card import merge_cards, model_card, write_model_card
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
 
 
@@ -80,6 +80,23 @@ def test_every_kind_of_folder_has_a_card_of_its_own(tmp_path, kind):
     assert "{%" not in page and "{{" not in page and "<p>|" not in page and page.count("<pre>") >= 2
 
 
+def test_an_adapter_has_our_card_in_place_of_the_empty_form_that_peft_writes(tmp_path):
+    save_adapter(tmp_path)
+    there = tmp_path / "README.md"
+    assert "[More Information Needed]" in there.read_text()
+    there.write_text(
+        there.read_text().replace("me/base", "/home/me/base").replace("## Uses\n", "## Uses\n\nMy own.\n")
+    )
+    (tmp_path / "understanding.safetensors").write_bytes(b"")
+    write_model_card(tmp_path, repository="me/mine")
+    card = ModelCard(there.read_text(), ignore_metadata_errors=False)
+    assert card.text.strip().startswith("# LoRA adapter of LaVIT") and "## Uses\n\nMy own." in card.text
+    assert card.text.count("[More Information Needed]") == 3, "those of the section with text of its own"
+    assert "Framework versions" not in card.text and "/home" not in there.read_text()
+    assert "lora" in card.data.tags and card.data.base_model == "me/base"
+    assert "understanding.load_state_dict(understanding)" in card.text
+
+
 def test_a_folder_of_something_else_has_no_card(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="holds no model, adapter, processor or pipeline of LaVIT"):
@@ -92,12 +109,12 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("card") / "mine"
     save_pipeline(folder)
     (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "coco.json").write_text(json.dumps(RESULT))
+    (folder / "evaluation" / "coco.json").write_text(json.dumps({"results": [RESULT]}))
     (folder / "evaluation" / "other.json").write_text('{"notes": 1}')
     training = {"recipe": "finetune.yaml", "steps": 100, "base_model": "me/base", "datasets": ["me/data"]}
     (folder / "training.json").write_text(json.dumps(training))
     (folder / "examples").mkdir()
-    for name in ("losses.png", "samples.png", "examples/a red apple.png"):
+    for name in ("losses.png", "samples.png", "examples/a_red_apple.png"):
         Image.new("RGB", (4, 4)).save(folder / name)
     (folder / "LICENSE").write_text("Mine.")
     return folder
@@ -120,8 +137,8 @@ def test_training_images_and_licences_are_shown(folder):
     assert card.data.datasets == ["me/data"]
     assert "- recipe: finetune.yaml\n- steps: 100" in card.text and "![losses](losses.png)" in card.text
     assert "![what it draws](samples.png)" in card.text and "## Licence texts\n\n[LICENSE](LICENSE)" in card.text
-    assert card.data.widget == [{"text": "a red apple", "output": {"url": "examples/a red apple.png"}}]
-    assert card.data.thumbnail.endswith("/me/mine/resolve/main/examples/a%20red%20apple.png")
+    assert card.data.widget == [{"text": "a red apple", "output": {"url": "examples/a_red_apple.png"}}]
+    assert card.data.thumbnail.endswith("/me/mine/resolve/main/examples/a_red_apple.png")
 
 
 def test_figures_that_are_measured_again_replace_the_old_ones_but_not_what_people_wrote(folder):

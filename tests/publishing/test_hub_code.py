@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_visual_config
+from tiny import (
+    tiny_detokenizer,
+    tiny_model,
+    tiny_pipeline,
+    tiny_processor,
+    tiny_scheduler,
+    tiny_unet,
+    tiny_visual_config,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_lavit import LavitForConditionalGeneration, LavitPipeline, LavitVisualTokenizer, __version__
@@ -132,6 +140,12 @@ def test_verifying_tells_own_code_from_others(folder, capfd):
     assert main(["verify", str(folder)]) == 0
     assert "lavit_transformers.py: this package's own" in capfd.readouterr().out
     assert verify(folder).is_ours
+
+
+def test_verifying_knows_what_runs_a_pipeline_elsewhere(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    verdict = verify(tmp_path)
+    assert verdict.is_ours and {"handler.py", "space/app.py"} <= set(verdict.same)
 
 
 CHANGES = {

@@ -1,5 +1,6 @@
 """Uploading and loading as people do it, against a stand-in for the Hub."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import transformers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, ModularPipeline
 from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
-from tiny import tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_visual_config
+from peft import LoraConfig, get_peft_model
+from tiny import an_image, tiny_detokenizer, tiny_model, tiny_processor, tiny_scheduler, tiny_unet, tiny_visual_config
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,7 +21,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from modeling_lavit import LavitPipeline, LavitVisualTokenizer
+from modeling_lavit import LavitImageProcessor, LavitPipeline, LavitVisualTokenizer
 from modeling_lavit.command_line import main
 from modeling_lavit.compat_lavit import AutoImageProcessor
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
@@ -74,7 +76,10 @@ def fetched(hub: HubServer) -> set[str]:
 
 CLASSES = {
     "model": (lambda pipe: pipe.model, {"config.json", "model.safetensors", "generation_config.json"}),
-    "tokenizer": (lambda pipe: pipe.model.model.visual_tokenizer, {"config.json", "model.safetensors"}),
+    "tokenizer": (
+        lambda pipe: pipe.model.model.visual_tokenizer,
+        {"config.json", "model.safetensors", "preprocessor_config.json"},
+    ),
     "detokenizer": (lambda pipe: pipe.detokenizer, {"config.json", "model.safetensors"}),
     "processor": (lambda pipe: pipe.processor, {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}),
     "image_processor": (lambda pipe: pipe.processor.image_processor, {"preprocessor_config.json"}),
@@ -192,6 +197,23 @@ def test_a_dry_run_lists_what_is_new(hub, saved, tmp_path, capfd):
     states = {line.split()[-1]: line.split()[0] for line in capfd.readouterr().out.splitlines()}
     assert states["config.json"] == "changed" and states["model.safetensors"] == states["tokenizer.json"] == "same"
     assert not list(folder.glob(".cache*"))
+
+
+def test_an_adapter_says_what_it_was_trained_on_but_no_folder_of_its_owner(hub, saved, tmp_path, capfd):
+    model = tiny_model()
+    model.name_or_path = str(saved)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert main(["push", str(tmp_path), "group/adapter"]) == 0
+    pushed = hub.repositories["group/adapter"]
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] is None
+    assert str(saved) not in pushed["README.md"].decode()
+    assert main(["push", str(tmp_path), "group/adapter", "--base-model", "group/base"]) == 0
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "group/base"
+    card = ModelCard(pushed["README.md"].decode())
+    assert (card.data.base_model, card.data.base_model_relation) == ("group/base", "adapter")
+    assert 'from_pretrained("group/base")' in card.text
+    assert main(["push", str(saved), "group/mine", "--base-model", "group/base"]) == 2
+    assert "--base-model is of adapters" in capfd.readouterr().err
 
 
 def test_what_is_no_saved_model_is_not_uploaded(hub, tmp_path, capfd):
@@ -315,5 +337,10 @@ def test_a_visual_tokenizer_is_a_repository_of_its_own(hub):
     tokenizer.push_to_hub("group/tokenizer")
     loaded = AutoModel.from_pretrained("group/tokenizer")
     assert torch.equal(loaded.quantizer.codebook.weight, tokenizer.quantizer.codebook.weight)
+    prepare = AutoImageProcessor.from_pretrained("group/tokenizer")
+    assert type(prepare) is LavitImageProcessor
+    pixels = prepare(an_image(), return_tensors="pt").pixel_values
+    assert torch.equal(loaded.tokenize(pixels).codes, tokenizer.tokenize(pixels).codes)
+    assert torch.equal(pixels, tiny_processor().image_processor(an_image(), return_tensors="pt").pixel_values)
     card = ModelCard(hub.repositories["group/tokenizer"]["README.md"].decode())
     assert card.data.pipeline_tag == "image-feature-extraction" and "tokenizer.tokenize(" in card.text
