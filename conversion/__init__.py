@@ -8,6 +8,7 @@
     source.py           reading .bin and .safetensors, whole or in shards
     text_tokenizer.py   sentencepiece's model file to tokenizer.json
     writing.py          shards, and all or nothing
+    calibrate.py        a faster merger, where images show that it changes no code
     convert.py          all of it together
 
 What comes out is what `LavitPipeline.save_pretrained` writes (with one pixel decoder or both; a second one lies in

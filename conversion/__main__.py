@@ -30,6 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("highres", "lowres", "both", "none"),
         help="which decoders to convert; of both, the smaller one is in OUT_DIR/lowres (default: those present)",
     )
+    parser.add_argument(
+        "--calibrate",
+        metavar="IMAGES",
+        help="a folder of images: where none of their codes changes by it, the merger computes kept patches alone",
+    )
     parser.add_argument("--push-to", metavar="REPO", help="also upload the folder to this repository on the Hub")
     parser.add_argument(
         "--language-model", metavar="NAME", default="language_model", help="its folder (default: language_model)"
@@ -75,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             heads=options.heads,
             language_model=options.language_model,
             ignore_extra_keys=options.ignore_extra_keys,
+            calibration=options.calibrate,
         )
         if options.push_to:
             print(upload(options.output, options.push_to, commit_message="Convert LaVIT"))

@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, GenerationConfig, PreTrainedModel
 
+from modeling_lavit.evaluation.sheets import find_images
 from modeling_lavit.loading_lavit import build_on_meta, said_of
 from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.modeling_lavit_detokenizer import LavitDetokenizer
@@ -21,6 +22,7 @@ from modeling_lavit.processing import LavitImageProcessor, LavitProcessor
 from modeling_lavit.publishing.card import write_model_card
 
 from . import keys, sizes
+from .calibrate import calibrate
 from .describing import describe_component, describe_folder, describe_reader
 from .source import find_file, find_shards, load, load_shards, name_some, read_json
 from .text_tokenizer import convert_text_tokenizer
@@ -70,6 +72,7 @@ def convert(
     heads: int | None = None,
     language_model: str = "language_model",
     ignore_extra_keys: bool = False,
+    calibration: str | Path | None = None,
     report: Callable[[str], None] = print,
 ):
     """Converts a checkpoint; `output` is written whole or not at all.
@@ -85,6 +88,8 @@ def convert(
             official ones: see [`sizes.choose_heads`].
         language_model: its folder in the official directory.
         ignore_extra_keys: leave unknown weights of the visual tokenizer out, as the reference does, and report them.
+        calibration: a folder of images (or one image): where no code of theirs changes by it, the merger is
+            configured to compute kept patches alone, see [`calibrate`].
         report: called with lines about what was found.
 
     Raises:
@@ -96,6 +101,7 @@ def convert(
         raise FileNotFoundError(f"there is no directory {official}")
     if pixel_decoder not in (None, *PIXEL_DECODERS):
         raise ValueError(f"pixel_decoder must be one of {PIXEL_DECODERS}, got {pixel_decoder!r}")
+    images = find_images([calibration]) if calibration else []
     with whole_folder(output) as folder:
         variants = _variants(official, pixel_decoder)
         text_config = sizes.text_config(official / language_model)
@@ -168,6 +174,8 @@ def convert(
         with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as progress:
             for plan in plans:
                 write_weights(plan, folder, progress)
+        if images:
+            calibrate(folder, visual_config, images, report)
         write_model_card(folder, **card)
     report(f"{output}: {total / 1e9:.2f} GB, pixel decoder: {' and '.join(variants) or 'none'}")
 

@@ -94,11 +94,10 @@ def tokenize(options: argparse.Namespace):
     check_outputs([options.show] if options.show else [])
     images = [read_image(source) for source in options.images]
     model, processor = load_reader(options)
+    from modeling_lavit.conversion.calibrate import changed_codes
     from modeling_lavit.show_lavit import show_kept_patches
 
     tokenizer = model.model.visual_tokenizer
-    if options.compare_kept_only and not tokenizer.config.attention_epsilon:
-        raise ValueError("the checkpoint's attention_epsilon is 0: kept tokens alone are exact, nothing can change")
     dial = keep_options(options)
     if options.target_quality is not None:
         dial["detokenizer"] = load_detokenizer(options, model)
@@ -106,15 +105,12 @@ def tokenize(options: argparse.Namespace):
     for source, image in zip(options.images, images, strict=True):
         pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values.to(tokenizer.device)
         if options.compare_kept_only:
-            tokenizer.config.kept_only = True
-            fast_codes = tokenizer.tokenize(pixel_values, **dial).codes
-            tokenizer.config.kept_only = False
+            different, _ = changed_codes(tokenizer, pixel_values, **dial)
         tokens = tokenizer.tokenize(pixel_values, **dial)
         kept, patches = len(tokens.codes), tokens.keep_mask.shape[1]
         prefix = "" if len(images) == 1 else f"{source}: "
         print(f"{prefix}{kept} of {patches} patches kept ({kept / patches:.0%})")
         if options.compare_kept_only:
-            different = int((tokens.codes != fast_codes).sum())
             changed, total = changed + different, total + kept
             print(f"{prefix}{different} of {kept} codes change with kept tokens only")
         else:
