@@ -132,9 +132,10 @@ EXAMPLES := cat_face_in_fluent_style croissant_in_noto_style red_apple_in_twemoj
 figures: export HF_HUB_OFFLINE := 1
 figures: export OMP_NUM_THREADS ?= 1
 figures: DATA := data/emoji
+figures: FOREIGN := data/emoji_more
 figures: $(INSTALLED) .venv-torchao
 	$(BIN)/lavit evaluate emoji --model $(MODEL) --data $(DATA) --classifier tests/fixtures/classifier --count 200 --seeds 3 \
-	    --output $(MODEL)/figures.json --sheet $(MODEL)/samples.png
+	    --foreign $(FOREIGN) --output $(MODEL)/figures.json --sheet $(MODEL)/samples.png
 	$(BIN)/python -m modeling_lavit.evaluation.emoji.table $(MODEL)/figures.json docs/emoji_checkpoint.md \
 	    $(MODEL)/evaluation/emoji/results.json
 	mkdir -p $(MODEL)/examples

@@ -6,6 +6,7 @@ name=value …]`
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -94,6 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
             pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
         pipe.save_pretrained(options.output)
     load_in_float32(options.output)
+    for name in ("training.json", "losses.png"):  # what the card shows
+        if (options.language_model / name).is_file():
+            shutil.copyfile(options.language_model / name, options.output / name)
 
 
 if __name__ == "__main__":
