@@ -138,6 +138,9 @@ def run(stage: Stage, recipe: Recipe, arguments: TrainingArguments) -> None:
             write_result(stage, whole, trainer, parts, recipe, output_dir)
         trainer.accelerator.wait_for_everyone()
     except Exception as error:
+        for callback in trainer.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):
+                bar.close()  # or it is shown again, after the error
         path = output_dir / f"error-{arguments.process_index}.log"
         path.write_text(traceback.format_exc(), encoding="utf-8")
         reason = str(error).splitlines()[0] if str(error) else "no message"
