@@ -83,7 +83,7 @@ def train(recipe: str, output: Path, overrides: list[str]) -> None:
 def train_variant(name: str, seed: int, options: argparse.Namespace) -> None:
     """Trains the tokenizer and the language model of a variant."""
     tokenizer, language_model = folders(options.runs, name, seed)
-    shared = [f"data.path={options.data}", "data.repeat={}", "data.validation=null"]
+    shared = [f"data.path={options.data}", "data.repeat={}", "data.more=null", "data.validation=null"]
     shared += [f"training_arguments.seed={seed}", "training_arguments.report_to=none"]
     train(
         "tokenizer",

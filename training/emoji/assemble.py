@@ -96,8 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
         pipe.save_pretrained(options.output)
     load_in_float32(options.output)
     for name in ("training.json", "losses.png"):  # what the card shows
-        if (options.language_model / name).is_file():
-            shutil.copyfile(options.language_model / name, options.output / name)
+        if (options.language_model[0] / name).is_file():
+            shutil.copyfile(options.language_model[0] / name, options.output / name)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def encoder_recipe(tmp_path, images, **values) -> EncoderRecipe:
         Classifier(names, images.styles, 48, [2, 2, 1, 2]).save(tmp_path / folder)
     teacher = str(tmp_path / "teacher")
     values = {"teacher": teacher, "name_teachers": [], "style_teacher": teacher} | values
-    return EncoderRecipe(data={"path": str(EMOJI), "validation": None}, **values)
+    return EncoderRecipe(data={"path": str(EMOJI), "validation": None, "more": None}, **values)
 
 
 @pytest.mark.parametrize("key", ["teacher", "name_teachers", "style_teacher"])
