@@ -300,6 +300,21 @@ def icons_of(name: str, icons: dict, squashed: bool) -> list[str]:
     return [icon for icon in (slug, *(f"{slug}-{number}" for number in range(1, 5))) if icon in there]
 
 
+def draw_icon(path: Path, icons: dict, icon: str, size: int) -> None:
+    """Writes one icon of a set as PNG, unless it is there. Raises `ValueError` when it cannot be drawn."""
+    if path.exists():
+        return
+    buffer = io.BytesIO()
+    rasterise(icon_to_svg(icons, icon, size)).save(buffer, "PNG", optimize=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def report(left_out: list[str]) -> None:
+    """Says on stderr which icons have no image, if there are such."""
+    if left_out:
+        print(f"{len(left_out)} icons left out:", *left_out, sep="\n  ", file=sys.stderr)
+
+
 def prepare_more(output: Path, size: int = 96) -> list[dict]:
     """Rasterises [`MORE_PACKAGES`] into `output`, without the names that [`prepare`] makes unseen; returns the rows of
     `metadata.jsonl`."""
@@ -307,7 +322,7 @@ def prepare_more(output: Path, size: int = 96) -> list[dict]:
     emoji = join({package.style: read_set(fetch(package, cache)) for package in PACKAGES})
     splits = split_pairs((entry.name, entry.category, entry.icons) for entry in emoji)
     unseen = {name for (name, _), split in splits.items() if split == "unseen"}
-    rows = []
+    rows, left_out = [], []
     for package in MORE_PACKAGES:
         icons = read_set(fetch(package, cache))["icons"]
         for entry in tqdm(emoji, desc=package.style, unit="name"):
@@ -316,17 +331,16 @@ def prepare_more(output: Path, size: int = 96) -> list[dict]:
             for icon in icons_of(entry.name, icons, squashed=package.style == "fx"):
                 file_name = f"images/{package.style}/{icon}.png"
                 try:
-                    image = rasterise(icon_to_svg(icons, icon, size))
-                except ValueError:
+                    draw_icon(output / file_name, icons, icon, size)
+                except ValueError as error:
+                    left_out.append(f"{package.style} {entry.name}: {error}")
                     continue
-                buffer = io.BytesIO()
-                image.save(buffer, "PNG", optimize=True)
-                write_atomically(output / file_name, buffer.getvalue())
                 split = "foreign" if package.style in FOREIGN_STYLES else "train"
                 of = {"name": entry.name, "style": package.style, "category": entry.category, "split": split}
                 rows.append({"file_name": file_name, **of})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(output / "metadata.jsonl", lines.encode())
+    report(left_out)
     return rows
 
 
@@ -345,15 +359,11 @@ def prepare(output: Path, categories: Iterable[str] | None = DEFAULT_CATEGORIES,
         for style, icon in entry.icons.items():
             file_name = f"images/{style}/{slug}.png"
             path = output / file_name
-            if not path.exists():
-                try:
-                    image = rasterise(icon_to_svg(sets[style]["icons"], icon, size))
-                except ValueError as error:
-                    left_out.append(f"{style} {entry.name}: {error}")
-                    continue
-                buffer = io.BytesIO()
-                image.save(buffer, "PNG", optimize=True)
-                write_atomically(path, buffer.getvalue())
+            try:
+                draw_icon(path, sets[style]["icons"], icon, size)
+            except ValueError as error:
+                left_out.append(f"{style} {entry.name}: {error}")
+                continue
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if digest in first_with:
                 left_out.append(f"{style} {entry.name}: the same image as {first_with[digest]}")
@@ -379,8 +389,7 @@ def prepare(output: Path, categories: Iterable[str] | None = DEFAULT_CATEGORIES,
     write_atomically(output / "metadata.jsonl", lines.encode())
     summary = held_out_summary(splits, {row["category"] for row in rows})
     write_atomically(output / "held_out.json", (json.dumps(summary, indent=1) + "\n").encode())
-    if left_out:
-        print(f"{len(left_out)} icons left out:", *left_out, sep="\n  ", file=sys.stderr)
+    report(left_out)
     return rows
 
 

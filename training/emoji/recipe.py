@@ -243,7 +243,8 @@ class TextModelSizes(Section):
 
 
 class NamedMixture(Section):
-    """How often which task of [`NamedSamples`]; relative frequencies. `more`: captions of `data.more`."""
+    """How often which task of [`NamedSamples`]; relative frequencies. `more`: captions of `data.more`, if
+    there is one."""
 
     caption: NotNegative = 0.10
     more: NotNegative = 0.05

@@ -10,7 +10,7 @@ from modeling_lavit.modeling_lavit import IGNORED_LABEL, LavitForConditionalGene
 from modeling_lavit.modeling_lavit_visual_tokenizer import LavitVisualTokenizer
 from modeling_lavit.processing import LavitProcessor
 from modeling_lavit.slots_lavit import LavitInputs
-from modeling_lavit.training.data.augmentation import SampleNoise, augment, normalize_images
+from modeling_lavit.training.data.augmentation import SampleNoise, normalize_images
 from modeling_lavit.training.data.samples import Sequences
 from modeling_lavit.training.distributed import process_state
 from modeling_lavit.training.emoji.augmentation import augment_strongly
@@ -38,7 +38,7 @@ class EmojiLanguageModelTraining(LanguageModelTraining):
     def __init__(self, model: LavitForConditionalGeneration, recipe: EmojiLanguageModelRecipe):
         super().__init__(model, recipe)
         self.strong_augmentation = recipe.augmentation
-        self.weak_augmentation = (recipe.weak_augmentation or recipe.augmentation).model_dump()
+        self.weak_augmentation = recipe.weak_augmentation or recipe.augmentation
 
     def pixel_values(self, images: torch.Tensor, noise: SampleNoise, weak: torch.Tensor) -> torch.Tensor:
         """Images that are `weak` (P,), which are asked for their style, by their own augmentation."""
@@ -46,7 +46,9 @@ class EmojiLanguageModelTraining(LanguageModelTraining):
             return normalize_images(images)
         views = augment_strongly(images, noise, self.strong_augmentation)
         if weak.any():
-            views = torch.where(weak[:, None, None, None], augment(images, noise, **self.weak_augmentation), views)
+            views = torch.where(
+                weak[:, None, None, None], augment_strongly(images, noise, self.weak_augmentation), views
+            )
         return normalize_images(views)
 
     def read_back(self, input_ids: torch.Tensor, labels: torch.Tensor, noise: SampleNoise) -> torch.Tensor:
