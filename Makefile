@@ -122,7 +122,7 @@ checkpoint: $(INSTALLED)
 	$(BIN)/python -m modeling_lavit.training.emoji.prepare_images --output data/emoji
 	$(BIN)/python -m modeling_lavit.training.emoji.prepare_images --output data/emoji_all --categories all
 	$(BIN)/python -m modeling_lavit.training.emoji.prepare_images --output data/emoji_more --more
-	$(BIN)/python -m modeling_lavit.training.emoji.checkpoint --profile $(PROFILE) --runs $(RUNS) --output $(RUNS)/lavit-emoji
+	$(BIN)/lavit train emoji --profile $(PROFILE) --runs $(RUNS) --output $(RUNS)/lavit-emoji
 	$(BIN)/lavit evaluate emoji --model $(RUNS)/lavit-emoji --data data/emoji --classifier $(RUNS)/classifier/final \
 	    --foreign data/emoji_more --output $(RUNS)/evaluation.json --sheet $(RUNS)/samples.png
 	$(BIN)/lavit show reconstructions --data data/emoji --model $(RUNS)/lavit-emoji -o $(RUNS)/reconstructions.png

@@ -20,17 +20,17 @@ import transformers
 
 from benchmarks.full_width import FULL_DEPTH, derived
 from benchmarks.measure import Comparison, Curve
-from benchmarks.memory import peak_memory
+from benchmarks.memory import Peaks, peak_memory, peaks_beside_official_way
 from benchmarks.rows import CURVES, ROWS, Options
 
 
-MEMORY = "memory"
+MEMORY, OFFICIAL_MEMORY = "memory", "official_memory"
 CURVE_REPEATS = 2
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    names = [*ROWS, *CURVES, MEMORY]
+    names = [*ROWS, *CURVES, MEMORY, OFFICIAL_MEMORY]
     if options.list:
         print(*names, sep="\n")
         return
@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.only or names:
             if name == MEMORY:
                 results.peaks = peak_memory(options.checkpoint)
+            elif name == OFFICIAL_MEMORY:
+                results.official_peaks = peaks_beside_official_way()
             else:
                 measured = (ROWS | CURVES)[name](sizes)
                 measured.measure(options.repeats if name in ROWS else min(options.repeats, CURVE_REPEATS))
@@ -63,6 +65,7 @@ class Results:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     peaks: dict[str, list[float]] = field(default_factory=dict)
+    official_peaks: dict[str, tuple[Peaks, Peaks]] = field(default_factory=dict)
 
     def report(self) -> str:
         parts = (
@@ -71,6 +74,7 @@ class Results:
             derived_table(self.comparisons),
             curve_table(self.curves) if self.curves else None,
             memory_table(self.peaks) if self.peaks else None,
+            official_memory_table(self.official_peaks) if self.official_peaks else None,
         )
         return "\n\n".join(part for part in parts if part)
 
@@ -86,7 +90,7 @@ class Results:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, *CURVES, MEMORY], metavar="ROW")
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, *CURVES, MEMORY, OFFICIAL_MEMORY], metavar="ROW")
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument("--repeats", type=int, default=5, help="the medians are of so many (default: 5)")
     parser.add_argument("--output", type=Path, metavar="FOLDER")
@@ -161,6 +165,18 @@ def curve_table(curves: dict[str, Curve]) -> str:
 def memory_table(peaks: dict[str, list[float]]) -> str:
     lines = ["| peak memory, MB | bfloat16 | float32 |", "|---|---|---|"]
     lines += [f"| {stage} | {' | '.join(f'{peak:.0f}' for peak in values)} |" for stage, values in peaks.items()]
+    return "\n".join(lines)
+
+
+def official_memory_table(peaks: dict[str, tuple[Peaks, Peaks]]) -> str:
+    lines = [
+        "| peak memory, MB (of it own at the end), bfloat16, the official widths, a fifth of the depths | ours | the "
+        "official way | ours ÷ official |",
+        "|---|---|---|---|",
+    ]
+    for name, sides in peaks.items():
+        cells = [f"{one.resident:.0f} ({one.own:.0f})" for one in sides]
+        lines.append(f"| {name} | {' | '.join(cells)} | **{sides[0].resident / sides[1].resident:.2f}** |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from .output import OutputFolder, pending_batches, run_batches
 
 
+RECORDS = ("figures.json", "held_out.json", "training.json")  # of a checkpoint, beside `evaluation/`: decide nothing
 UNPINNED = ("folder", "texts")  # where a worker writes; texts whose hash is among the settings
 
 
@@ -19,7 +20,10 @@ def checkpoint_hash(source: str) -> str:
         return str(getattr(AutoConfig.from_pretrained(source), "_commit_hash", None))
     digest = hashlib.sha256()
     for path in sorted([*folder.rglob("*.json"), *folder.rglob("*.safetensors")]):
-        digest.update(str(path.relative_to(folder)).encode())
+        name = path.relative_to(folder)
+        if name.parts[0] == "evaluation" or str(name) in RECORDS:
+            continue
+        digest.update(str(name).encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from modeling_lavit.evaluation.emoji.classifier import Classifier
 from modeling_lavit.evaluation.emoji.report import main as evaluate
 from modeling_lavit.evaluation.emoji.report import to_tensor
 from modeling_lavit.evaluation.emoji.table import table
+from modeling_lavit.evaluation.model_run import checkpoint_hash
 from modeling_lavit.publishing.verify import verify
 
 
@@ -180,6 +181,8 @@ def test_the_evaluation_reports_every_figure(tmp_path):
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
 
 
-def test_the_tables_of_its_page_are_the_recorded_figures():
+def test_the_tables_of_its_page_are_the_recorded_figures_of_these_weights():
+    """`make figures` measures and writes them again."""
     figures = json.loads((CHECKPOINT / "figures.json").read_text())
+    assert figures["checkpoint"] == checkpoint_hash(str(CHECKPOINT))
     assert table(figures) in (ROOT / "docs" / "emoji_checkpoint.md").read_text()

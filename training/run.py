@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -236,12 +237,20 @@ def main(
     recipe_folders: tuple[Path, ...] = (RECIPES,),
 ) -> None:
     """`lavit train`; `stages` and `recipe_folders` are those that can be named."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["emoji"]:
+        # every step of the embedded checkpoint, each of which comes back here
+        import_module("modeling_lavit.training.emoji.checkpoint").main(arguments[1:])
+        return
     parser = Parser(prog="lavit train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "lavit train [STAGE] RECIPE [KEY=VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="e.g. training_arguments.max_steps=100")
     shipped = sorted(path.stem for folder in recipe_folders for path in folder.glob("*.yaml"))
-    parser.epilog = f"recipes: {', '.join(shipped)}\nstages: {', '.join(stages)} (a recipe says its own as `stage`)"
+    parser.epilog = (
+        f"recipes: {', '.join(shipped)}\nstages: {', '.join(stages)} (a recipe says its own as `stage`)\n"
+        "`lavit train emoji --help`: the embedded checkpoint from scratch, all its steps"
+    )
     options = parser.parse_args(arguments)
     name, overrides, stage = options.recipe, options.overrides, None
     if name in stages and overrides and "=" not in overrides[0]:
@@ -253,10 +262,10 @@ def main(
         raise ValueError(f"{path}: stage: expected {stage or 'one of ' + ', '.join(stages)}, got {own!r}")
     recipe = validate(path, values, stages[own].recipe_class)
     try:
-        arguments = training_arguments(recipe)
+        settings = training_arguments(recipe)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    run(stages[own], recipe, arguments)
+    run(stages[own], recipe, settings)
 
 
 if __name__ == "__main__":

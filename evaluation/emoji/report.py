@@ -19,8 +19,9 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from modeling_lavit.command_line.common import Parser, check_outputs, load_pipeline
+from modeling_lavit.command_line.common import Parser, check_outputs, load_pipeline, model_source
 from modeling_lavit.evaluation.emoji.classifier import Classifier
+from modeling_lavit.evaluation.model_run import checkpoint_hash
 from modeling_lavit.evaluation.sheets import samples_sheet
 
 
@@ -237,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
     report, drawings = evaluate(pipe, classifier, options.data, options.count, options.seeds, options.foreign)
-    text = json.dumps(report, indent=1)
+    text = json.dumps({"checkpoint": checkpoint_hash(model_source(options))} | report, indent=1)
     print(text)
     if options.output:
         write_whole(options.output, lambda path: path.write_text(text + "\n"))

@@ -97,7 +97,7 @@ def results(report: dict) -> list[dict]:
                     "metric": metric,
                     "score": value[key] if key else value,
                     "protocol": protocol,
-                    "settings": {"split": split.replace("_", " ")},
+                    "settings": {"split": split.replace("_", " "), "checkpoint": report["checkpoint"]},
                     "ids": {"count": count} if count else {},
                 }
             )

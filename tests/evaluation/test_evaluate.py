@@ -13,6 +13,7 @@ import pytest
 
 import modeling_lavit
 from modeling_lavit.command_line import main
+from modeling_lavit.evaluation.model_run import checkpoint_hash
 from modeling_lavit.evaluation.output import OutputFolder, run_batches
 from modeling_lavit.evaluation.reading import clean_question
 
@@ -211,6 +212,7 @@ def test_processes_share_the_batches_and_another_number_of_them_goes_on(tmp_path
 
 KILLED = """
 import sys, time
+from modeling_lavit.evaluation.model_run import checkpoint_hash
 from modeling_lavit.evaluation.output import OutputFolder, run_batches
 def predict(batch):
     time.sleep(0.02)
@@ -236,6 +238,27 @@ def test_a_killed_run_loses_and_repeats_nothing(tmp_path):
     assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode == 0
     keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
     assert keys == [str(i) for i in range(400)]
+
+
+def test_results_written_into_a_checkpoint_leave_it_the_same(tmp_path):
+    """Else an evaluation whose output lies in the checkpoint's folder could not be resumed."""
+    for name in (
+        "config.json",
+        "unet/config.json",
+        "model.safetensors",
+        "evaluation/vqav2/settings.json",
+        "figures.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = checkpoint_hash(str(tmp_path))
+    (tmp_path / "evaluation/vqav2/results.json").write_text("{}")
+    (tmp_path / "figures.json").write_text('{"a": 1}')
+    assert checkpoint_hash(str(tmp_path)) == before
+    for name in ("unet/config.json", "model.safetensors"):
+        (tmp_path / name).write_text('{"a": 1}')
+        assert checkpoint_hash(str(tmp_path)) != before
+        (tmp_path / name).write_text("{}")
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

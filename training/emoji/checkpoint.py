@@ -1,6 +1,6 @@
 """Makes the embedded checkpoint from scratch: `make checkpoint PROFILE=cpu`.
 
-`python -m modeling_lavit.training.emoji.checkpoint --output DIR [--profile cpu|gpu] [--jobs 2] [KEY=VALUE …]`
+`lavit train emoji --output DIR [--profile cpu|gpu] [--jobs 2] [KEY=VALUE …]`
 
 Each step is a recipe of this folder in a process of its own, with its result in `RUNS/NAME/final`; steps that do not
 need one another run side by side. Started again, it leaves out what is complete and goes on with what was cut, as
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from modeling_lavit.command_line.common import Parser, one_line, positive_number
+from modeling_lavit.command_line.common import Parser, positive_number
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def run_steps(runs: Path, profile: str, jobs: int, more: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m modeling_lavit.training.emoji.checkpoint", description=__doc__.splitlines()[0])
+    parser = Parser(prog="lavit train emoji", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the steps' results")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu", help="lengths and batches of the steps")
@@ -149,10 +149,3 @@ def main(arguments: list[str] | None = None) -> None:
     drafts = ["--draft-images", recipe["data"]["path"]]
     assemble.main([*results, *ASSEMBLY, *drafts, "--output", str(options.output)])
     print(f"{options.output} is complete")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(str(error))}")

@@ -37,7 +37,7 @@ def test_every_steps_recipe_is_valid_in_every_profile(name, profile, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_that_fails_says_so_in_a_line(tmp_path):
-    command = [sys.executable, "-m", "modeling_lavit.training.emoji.checkpoint", "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "modeling_lavit.command_line", "train", "emoji", "--runs", str(tmp_path / "runs")]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "out"), "--jobs", "1", "data.path=nowhere"],
         capture_output=True,
