@@ -83,7 +83,7 @@ def _commit(stage: Path, folder: Path) -> None:
     if not folder.exists():
         stage.rename(folder)
         return
-    stale = _stale(written, _files(folder))
+    stale = stale_files(written, _files(folder))
     loads = any((folder / name).is_file() for name in INDEX_FILES)
     # a shell that stands in the folder would stand in the one that goes
     if loads and stage.parent == folder.parent and not Path.cwd().is_relative_to(folder):
@@ -103,8 +103,8 @@ def _commit(stage: Path, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _stale(written: set[str], found: set[str]) -> set[str]:
-    """What belonged to files that are written again, and does not any more."""
+def stale_files(written: set[str], found: set[str]) -> set[str]:
+    """What of the files `found` in a folder belonged to those that are `written` again, and does not any more."""
     stale = set()
     for name in written:
         path = Path(name)

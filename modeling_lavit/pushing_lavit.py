@@ -11,11 +11,13 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
 
+from .atomic_lavit import stale_files
 from .compat_lavit import httpx
 
 
@@ -87,7 +89,16 @@ def push_folder(
             ours = {name: (folder / name).read_text(encoding="utf-8") for name in texts if (folder / name).is_file()}
             other = {name: text for name, text in texts.items() if text != ours.get(name)}
             ignored = [*IGNORED, *other]
-            commit = api.upload_folder(folder_path=folder, create_pr=create_pr, ignore_patterns=ignored, **where)
+            # weights in one file now, in several before, or the other way: libraries would load those that were there
+            sent = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            stale = stale_files(sent, set(api.list_repo_files(repo_id, revision=revision)))
+            commit = api.upload_folder(
+                folder_path=folder,
+                create_pr=create_pr,
+                ignore_patterns=ignored,
+                delete_patterns=sorted(stale) or None,
+                **where,
+            )
             changed = {name: text for name, text in other.items() if text != theirs[name]}
             if changed:
                 # the folder stays as it is, what says the repository's name does not, nor its card with edits
@@ -99,11 +110,17 @@ def push_folder(
 
 
 def read_file(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
-    """The text of a file in a repository, if there is one."""
+    """The text of a file in a repository, if there is one.
+
+    Raises:
+        OSError: the Hub does not answer.
+    """
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
             return Path(path).read_text(encoding="utf-8")
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{repo_id}: {name} could not be read from the Hub: call again to go on") from error
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
 

@@ -31,6 +31,7 @@ class HubServer:
         private: names of repositories that were created as such.
         needs_token: whether requests without a token are refused.
         lost_uploads: how many uploads of data break off before they work.
+        unreadable: names of files that are there, but for which the Hub has no answer.
     """
 
     def __enter__(self):
@@ -43,6 +44,7 @@ class HubServer:
         self.private: set[str] = set()
         self.needs_token = False
         self.lost_uploads = 0
+        self.unreadable: set[str] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -153,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             if files is None:
                 code = "RevisionNotFound" if match[1] in self.hub.repositories else "RepoNotFound"
                 return self._json({"error": "not found"}, 404, {"X-Error-Code": code})
+            if match[3] in self.hub.unreadable:
+                return self._json({"error": "out of order"}, 500)
             if match[3] not in files:
                 return self._json({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             content = files[match[3]]
@@ -179,6 +183,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         sha = commit_hash(files)
         answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", "hookOutput": ""}
         self._json(answer | ({"pullRequestUrl": request} if request else {}))

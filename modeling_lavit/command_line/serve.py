@@ -58,6 +58,13 @@ def add_commands(add) -> None:
 
 def run_server(options: argparse.Namespace):
     """`lavit serve`"""
+    if options.port > 65535:
+        raise ValueError(f"--port is at most 65535, got {options.port}")
+    if options.device and options.device.startswith("cuda:"):
+        raise ValueError(
+            f"--device {options.device}: each replica gets a GPU of its own: say cuda, and which there are by "
+            "CUDA_VISIBLE_DEVICES"
+        )
     try:
         with socket.create_server((options.host, options.port)):
             pass
@@ -69,7 +76,7 @@ def run_server(options: argparse.Namespace):
     from modeling_lavit.serving.application import serve_until_interrupted
     from modeling_lavit.serving.settings import ServeSettings
 
-    given = {"api_key": options.api_key} if options.api_key else {}
+    given = {} if options.api_key is None else {"api_key": options.api_key}
     settings = ServeSettings(
         model=source,
         dtype=options.dtype,

@@ -325,6 +325,8 @@ def _results(extras: Path) -> list[dict]:
 def _evaluations(extras: Path) -> Iterator[dict]:
     """The results in all files; one file may hold several, as `results`."""
     for file in sorted((extras / "evaluation").glob("**/*.json")):
+        if file.read_text(encoding="utf-8").lstrip().startswith("["):
+            continue  # a submission, in the data set's own form
         content = read_json_object(file)
         several = content.get("results")
         yield from (one for one in several if isinstance(one, dict)) if isinstance(several, list) else [content]

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from modeling_lavit.atomic_lavit import weights_of
 from modeling_lavit.loading_lavit import read_config, wrong_shapes
 from modeling_lavit.modeling_lavit import LavitForConditionalGeneration
 from modeling_lavit.processing import LavitProcessor
@@ -72,12 +74,19 @@ def put_back(
     model = LavitForConditionalGeneration.from_pretrained(source, dtype="auto").eval()
     put_language_model_back(model, AutoModelForCausalLM.from_pretrained(language_model, dtype=model.dtype))
     caption = describe(model, LavitProcessor.from_pretrained(source), image)
-    if Path(source).is_dir():
-        shutil.copytree(source, folder)
-    else:
-        snapshot_download(str(source), local_dir=folder)
-    model.save_pretrained(folder)
-    refresh_folder(folder)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as temporary:
+        new = Path(temporary) / "new"
+        if Path(source).is_dir():
+            shutil.copytree(source, new)
+        else:
+            snapshot_download(str(source), local_dir=new)
+        for file in new.glob("model*"):
+            if weights_of(file.name)[1]:
+                file.unlink()  # a variant, which has the language model as it was
+        model.save_pretrained(new)
+        refresh_folder(new)
+        new.rename(folder)
     return caption
 
 

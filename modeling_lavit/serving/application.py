@@ -71,11 +71,12 @@ def app(settings: ServeSettings) -> Application:
 
 
 def resources(settings: ServeSettings) -> dict[str, float]:
-    """Of one replica of the model: a GPU, or its share of the cores (Ray gives it as many threads)."""
+    """Of one replica of the model: a GPU, or its share of the cores (Ray gives it as many threads, at least one)."""
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cpu":
-        return {"num_cpus": max(1, (os.cpu_count() or 1) // settings.replicas)}
-    return {"num_cpus": 1, "num_gpus": 1}
+    if device.type == "cuda":
+        return {"num_cpus": 1, "num_gpus": 1}
+    cores = (os.cpu_count() or 1) / settings.replicas
+    return {"num_cpus": int(cores) if cores >= 1 else cores}
 
 
 async def count_replicas() -> int:
@@ -102,11 +103,16 @@ def serve_until_interrupted(settings: ServeSettings, host: str, port: int, on_re
 
     Raises:
         OSError: the model cannot be loaded.
+        ValueError: there are fewer GPUs than replicas.
     """
     address = os.environ.get("RAY_ADDRESS", "local")
     local = {"include_dashboard": False, "num_cpus": os.cpu_count()} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     try:
+        wanted = resources(settings).get("num_gpus", 0) * settings.replicas
+        if local and wanted > (found := ray.cluster_resources().get("GPU", 0)):
+            # Ray would wait for more, for ever
+            raise ValueError(f"{settings.replicas} replicas need {wanted} GPUs, this machine has {found:g}")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": host, "port": port}, logging_config=QUIET)
         try:

@@ -141,7 +141,8 @@ class LavitEngine:
         for text, row, mask in zip(texts, rows, inputs["attention_mask"], strict=True):
             text.ids, ended = self._until_end(row[len(mask) :].tolist())
             text.emit(is_whole=True)
-            answers.append(Answer([text.shown()], int(mask.sum()), len(text.ids), ended, len(batch)))
+            shown = text.shown()
+            answers.append(Answer([shown], int(mask.sum()), len(text.ids), ended or text.is_stopped, len(batch)))
         return answers
 
     def _compose(self, batch: list[Waiting], _preset, max_tokens: int | None, *_) -> list[Answer]:
@@ -181,11 +182,13 @@ class AnswerText:
         self.post_process = processor.post_process_caption if preset == "caption" else processor.post_process_answer
         self.ids: list[int] = []
         self.emitted = ""
+        self.is_stopped = False
 
     def shown(self) -> str:
-        """What the client sees: the first sentence, up to a stop."""
+        """What the client sees: the first sentence, up to a stop, of which `is_stopped` tells."""
         text = self.post_process(self.processor.post_process_image_text_to_text([self.ids]))[0]
         found = [text.index(stop) for stop in self.waiting.request.stops if stop in text]
+        self.is_stopped = bool(found)
         return text[: min(found)] if found else text
 
     def emit(self, is_whole: bool = False) -> None:
@@ -202,7 +205,8 @@ class AnswerText:
     def _uncertain(self, text: str) -> int:
         """Length of the end that the next id may change: half a character, or the beginning of a stop."""
         beginnings = (stop[:length] for stop in self.waiting.request.stops for length in range(1, len(stop)))
-        return max((len(end) for end in ("\ufffd", *beginnings) if text.endswith(end)), default=0)
+        broken = len(text) - len(text.rstrip("\ufffd"))  # one for each byte
+        return max(broken, max((len(end) for end in beginnings if text.endswith(end)), default=0))
 
 
 class BatchStreamer(BaseStreamer):

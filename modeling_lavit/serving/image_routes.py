@@ -61,6 +61,7 @@ async def _draw(request: Request, body: ImageRequest, images: tuple) -> dict:
     output_format = body.output_format or "png"
     if output_format == "png" and body.output_compression not in (None, 100):
         raise ApiError(400, "output_compression goes with jpeg and webp", "output_compression", "invalid_value")
+    compression = 100 if body.output_compression is None else body.output_compression
     n = check_n(server.settings, body.n)
     size = chosen_size(await server.engine.describe(), body.size)
     seeds = seeds_of(body.seed, n)
@@ -70,7 +71,7 @@ async def _draw(request: Request, body: ImageRequest, images: tuple) -> dict:
     data = []
     images_drawn = [part for answer in answers for part in answer.parts if not isinstance(part, str)]
     for image, seed in zip(images_drawn, seeds, strict=True):
-        content = encode_image(image, output_format, body.output_compression or 100)
+        content = encode_image(image, output_format, compression)
         if body.response_format == "url":
             data.append({"url": f"data:image/{output_format};base64,{content}", "seed": seed})
         else:

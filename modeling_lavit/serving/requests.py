@@ -50,7 +50,7 @@ class Answer:
     Args:
         parts: strings and images in order; of a drawing one image, of a text one string.
         prompt_tokens, completion_tokens: ids read and written.
-        ended: whether the model ended it, not the limit.
+        ended: whether the model ended it, or a stop, not the limit.
         batch_size: requests that ran together.
     """
 

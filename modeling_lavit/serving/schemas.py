@@ -109,6 +109,8 @@ class ChatRequest(Labels):
             for name in ("stream", "stop", "temperature", "top_p"):
                 if getattr(self, name):
                     raise ValueError(f"{name} goes with text alone, not with modalities {self.modalities}")
+        if self.top_p not in (None, 1) and self.temperature is None:
+            self.temperature = 1.0  # OpenAI's: whoever names a nucleus wants to sample
         if self.answers_with == "image" and (self.max_tokens or self.max_completion_tokens):
             raise ValueError("an image has as many visual tokens as it needs: leave max_tokens out")
         if self.answers_with == "text" and self.size:

@@ -111,6 +111,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "coco.json").write_text(json.dumps({"results": [RESULT]}))
     (folder / "evaluation" / "other.json").write_text('{"notes": 1}')
+    (folder / "evaluation" / "submission.json").write_text('[{"image_id": 1, "caption": "a cat"}]\n')
     training = {"recipe": "finetune.yaml", "steps": 100, "base_model": "me/base", "datasets": ["me/data"]}
     (folder / "training.json").write_text(json.dumps(training))
     (folder / "examples").mkdir()

@@ -21,7 +21,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from modeling_lavit import LavitImageProcessor, LavitPipeline, LavitVisualTokenizer
+from modeling_lavit import LavitForConditionalGeneration, LavitImageProcessor, LavitPipeline, LavitVisualTokenizer
 from modeling_lavit.command_line import main
 from modeling_lavit.compat_lavit import AutoImageProcessor
 from modeling_lavit.small_decoder_lavit import LavitPatchAutoencoder
@@ -140,6 +140,29 @@ def test_a_card_written_by_hand_is_completed_not_replaced(hub, pipe):
     card = hub.repositories["group/byhand"]["README.md"].decode()
     assert "# My model\n\nWritten by hand." in card and "## Use" in card
     assert card.startswith("---\n") and ModelCard(card).data.pipeline_tag == "any-to-any"
+
+
+def test_a_card_that_cannot_be_read_is_not_written_over(hub, pipe):
+    hub.repositories["group/hiccup"] = before = {"README.md": b"# My model\n"}
+    hub.unreadable = {"README.md"}
+    with pytest.raises(OSError, match="README.md could not be read from the Hub: call again"):
+        pipe.push_to_hub("group/hiccup")
+    assert hub.repositories["group/hiccup"] == before == {"README.md": b"# My model\n"}
+
+
+@pytest.mark.parametrize("sizes", [("10GB", "20KB"), ("20KB", "10GB")])
+def test_weights_in_more_or_fewer_files_replace_those_that_were_there(hub, sizes):
+    old, new = tiny_model(), tiny_model()
+    with torch.no_grad():
+        new.lm_head.weight += 1
+    for model, size in zip((old, new), sizes, strict=True):
+        model.push_to_hub("group/shards", max_shard_size=size)
+    hub.repositories["group/shards"]["notes.txt"] = b"mine"
+    new.push_to_hub("group/shards", max_shard_size=sizes[1])
+    names = set(hub.repositories["group/shards"])
+    assert ("model.safetensors" in names) != ("model.safetensors.index.json" in names) and "notes.txt" in names
+    loaded = LavitForConditionalGeneration.from_pretrained("group/shards")
+    torch.testing.assert_close(loaded.lm_head.weight, new.lm_head.weight, rtol=0, atol=0)
 
 
 REFUSALS = {

@@ -1,6 +1,7 @@
 """The language model is lifted out as a stock one, tuned by others, and put back."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -55,6 +56,22 @@ def test_a_tuned_one_is_put_back_and_the_new_checkpoint_reads_and_draws(whole, l
     assert len(new("a red apple", generator=seeded(0)).images) == 1
     assert "custom_pipelines" in json.loads((tmp_path / "new" / "config.json").read_text())
     assert verify(tmp_path / "new").unknown == verify(whole).unknown
+
+
+def test_one_that_is_put_back_leaves_no_variant_of_the_old_one(whole, lifted, tmp_path):
+    shutil.copytree(whole, tmp_path / "whole")
+    shutil.copy(whole / "model.safetensors", tmp_path / "whole" / "model.fp16.safetensors")
+    assert put_back(lifted, tmp_path / "whole", tmp_path / "new") == 0
+    assert not (tmp_path / "new" / "model.fp16.safetensors").exists() and (tmp_path / "new" / "unet").is_dir()
+
+
+def test_what_fails_halfway_leaves_no_checkpoint(whole, lifted, tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("modeling_lavit.publishing.language_model.refresh_folder", full)
+    assert put_back(lifted, whole, tmp_path / "new") == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_that_does_not_fit_is_refused_by_name_and_nothing_is_written(whole, lifted, tmp_path, capfd):

@@ -2,10 +2,15 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 
 import pytest
 
-from modeling_lavit.serving.batching import AbandonedError, Batcher
+from modeling_lavit.checkpoints import LAVIT_EMOJI
+from modeling_lavit.processing import LavitProcessor
+from modeling_lavit.serving.batching import AbandonedError, Batcher, Waiting
+from modeling_lavit.serving.engine import AnswerText
+from modeling_lavit.serving.requests import Writing
 
 
 class Recorder:
@@ -103,3 +108,15 @@ def test_a_wrong_request_fails_alone():
             raise results[2]
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("answer", ["a red apple", "中 and 😀", "é"])
+def test_characters_of_several_bytes_are_streamed_when_they_are_whole(answer):
+    processor = LavitProcessor.from_pretrained(LAVIT_EMOJI)
+    pieces: list[str] = []
+    text = AnswerText(processor, "answer", Waiting(None, Writing([], "answer", 0), Future(), pieces.append))
+    for token in processor.tokenizer(answer, add_special_tokens=False)["input_ids"]:
+        text.ids.append(token)
+        text.emit()
+    text.emit(is_whole=True)
+    assert "".join(pieces) == text.shown() == answer and len(pieces) > 1

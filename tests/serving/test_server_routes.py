@@ -83,6 +83,15 @@ def test_images_come_in_the_format_asked_for(client, output_format):
     assert url.startswith(f"data:image/{output_format};base64,") and decoded(url).tobytes() == image.tobytes()
 
 
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_the_smallest_files_are_those_of_compression_0(client, output_format):
+    options = {"prompt": "cat", "output_format": output_format, "extra_body": {"seed": 1}}
+    sizes = [
+        len(client.images.generate(**options, output_compression=value).data[0].b64_json) for value in (0, 50, 100)
+    ]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
+
+
 def test_an_edit_is_drawn_from_its_images_and_the_prompt(client, engine):
     response = client.images.edit(image=CAT, prompt="in flat style", extra_body={"seed": 3})
     assert_alike(decoded(response.data[0].b64_json), drawn_alone(engine, [Image.open(CAT), "in flat style"], 3))
@@ -158,6 +167,9 @@ def test_an_answer_ends_at_a_stop_and_at_its_limit(client):
     whole = chat(client, user(part(CAT))).choices[0].message.content
     first, second = whole.split()[:2]
     assert chat(client, user(part(CAT)), stop=second).choices[0].message.content.strip() == first
+    # a stop that comes before the limit is what ended it
+    stopped = chat(client, user(part(CAT)), stop=second, max_tokens=12).choices[0]
+    assert stopped.message.content.strip() == first and stopped.finish_reason == "stop"
     events = list(chat(client, user(part(CAT)), stop=[second], stream=True))
     assert "".join(event.choices[0].delta.content or "" for event in events).strip() == first
     short = chat(client, user(part(CAT)), max_tokens=1).choices[0]
@@ -173,6 +185,15 @@ def test_sampled_answers_differ_by_seed_and_come_again(client):
     assert first == again and len(set(first)) > 1
     second = chat(client, user(text("what is it?")), **(options | {"n": 1, "seed": 12})).choices[0]
     assert second.message.content == first[1]
+
+
+def test_a_nucleus_alone_is_sampled_from_at_temperature_1(client):
+    options = {"seed": 11, "max_completion_tokens": 8}
+    alone, named = (
+        chat(client, user(text("what is it?")), top_p=0.9, **options, **temperature).choices[0].message.content
+        for temperature in ({}, {"temperature": 1.0})
+    )
+    assert alone == named
 
 
 def test_a_chat_draws_the_image_of_its_messages(client, engine):
