@@ -37,7 +37,10 @@ def text_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
     read_json(file)
     with said_of(f"{file} describes no language model"):
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for name in ("max_position_embeddings", "num_attention_heads", "vocab_size"):
+            getattr(config, name)
+        return config
 
 
 def visual_config(

@@ -1,6 +1,7 @@
 """Reading official weights: `.bin` or `.safetensors`, one file or shards. Nothing is ever unpickled but tensors."""
 
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -72,10 +73,13 @@ def load(path: Path) -> dict[str, torch.Tensor]:
         mapped = zipfile.is_zipfile(path) and not is_compressed(path)
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "GLOBAL" in str(error):
             raise ValueError(f"{path} asks to run code when it is read: refused, nothing was run") from error
         raise OSError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    except (SafetensorError, RuntimeError, LookupError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        *(SafetensorError, RuntimeError, LookupError, AttributeError, EOFError, TypeError, ValueError),
+        *(struct.error, zipfile.BadZipFile),
+    ) as error:
         raise OSError(f"{path} is truncated or damaged: {_first_line(error)}") from error
     if isinstance(content, torch.Tensor):
         content = {"": content}

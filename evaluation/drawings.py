@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -140,6 +141,8 @@ def evaluate_drawings(
     fid = None if inception is None else Fid(inception, device or "cpu")
     scorer = None if clip is None else ClipScorer.from_pretrained(clip, device or "cpu")
     real = [] if images is None else real_images(rows, images, findings)
+    if fid is not None and min(len(real), sum(len(row.files) for row in rows)) < 2:
+        raise ValueError("FID compares two drawings or more with two real images or more: raise --limit")
     settings = {"prompts": str(prompts), "suite": suite, "limit": limit, "seed": seed, "n": n}
     if predictions is not None:
         folder = Path(predictions)
@@ -174,7 +177,11 @@ def evaluate_drawings(
 def _draw(suite: str, rows: list[DrawingPrompt], output: Path, settings: dict, run_model: Callable) -> dict | None:
     """Has the images drawn that are missing; the settings that were written down, on the main process."""
     items = [{"key": row.id, "text": row.text, "files": row.files, "images": row.images} for row in rows]
-    if run_model(output, settings | {"samples": hash_ids(row.id for row in rows)}, items) is None:
+    pinned = {
+        "samples": hash_ids(row.id for row in rows),
+        "text_hash": hash_ids(f"{row.id} {row.text}" for row in rows),
+    }
+    if run_model(output, settings | pinned, items) is None:
         return None
     write_extras(suite, rows, output / IMAGES if suite == "geneval" else output)
     return read_json(output / "settings.json")
@@ -229,20 +236,22 @@ def real_images(rows: list[DrawingPrompt], images: str | Path, findings: Finding
     for row in rows:
         path = folder.find(row.real)
         if path is None:
-            findings.add("missing real images", row.real[0])
+            findings.add("missing real images", row.real[0] if row.real else row.id)
         else:
             found.append(path)
     if not found:
-        raise ValueError(f"{images} has none of the {len(rows)} real images, such as {rows[0].real[0]}")
+        raise ValueError(
+            f"{images} has none of the {len(rows)} real images, such as {(rows[0].real or [rows[0].id])[0]}"
+        )
     return found
 
 
 def clip_scores(scorer: ClipScorer, rows: list[DrawingPrompt], folder: Path) -> dict:
     """The mean CLIP score; of grids that of each of their images."""
     total, count = 0.0, 0
-    pairs = [(image, row.text) for row in rows for image in _single_images(row, folder)]
-    for start in range(0, len(pairs), CLIP_BATCH):
-        images, texts = zip(*pairs[start : start + CLIP_BATCH], strict=True)
+    pairs = ((image, row.text) for row in rows for image in _single_images(row, folder))
+    while batch := list(islice(pairs, CLIP_BATCH)):
+        images, texts = zip(*batch, strict=True)
         total, count = total + float(scorer(images, texts).sum()), count + len(texts)
     return {"clip_score": total / count, "clip": scorer.name, "score": total / count, "metric": "CLIP score"}
 

@@ -67,4 +67,12 @@ class Fid:
             self.metric.update(pixels.to(self.device), real=real)
 
     def compute(self) -> float:
-        return float(self.metric.compute())
+        """The distance.
+
+        Raises:
+            ValueError: there are fewer than two images of a kind.
+        """
+        try:
+            return float(self.metric.compute())
+        except RuntimeError as error:
+            raise ValueError(f"there is no FID of these images: {error}") from error

@@ -111,6 +111,10 @@ def take(row: dict, name: str, types: type | tuple[type, ...], where: str) -> An
     return value
 
 
+# what often lies beside an image under its name
+NOTES = (".txt", ".json", ".xml", ".npz", ".caption")
+
+
 @dataclass
 class ImageFolder:
     """Finds images by the names that annotation files give them, in a folder or those below it.
@@ -127,17 +131,22 @@ class ImageFolder:
             raise NotADirectoryError(f"there is no folder of images at {self.root}")
 
     @cached_property
-    def _found(self) -> tuple[dict[str, Path], dict[str, Path]]:
-        names: dict[str, Path] = {}
-        stems: dict[str, Path] = {}
+    def _found(self) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+        names: dict[str, list[Path]] = {}
+        stems: dict[str, list[Path]] = {}
         for folder, _, files in os.walk(self.root):
-            for name in sorted(files):
-                names.setdefault(name, Path(folder, name))
-                stems.setdefault(Path(name).stem, Path(folder, name))
+            for name in files:
+                path = Path(folder, name)
+                names.setdefault(name, []).append(path)
+                if path.suffix.lower() not in NOTES:
+                    stems.setdefault(path.stem, []).append(path)
         return names, stems
 
     def find(self, candidates: Iterable[str]) -> Path | None:
-        """The first of some names that is there: as it stands, in any folder below, with any ending."""
+        """The first of some names that is there: as it stands, in any folder below, with any ending.
+
+        Where several files have a name, that in the folders which the name has is it, else none: any would be a guess.
+        """
         candidates = list(candidates)
         for name in candidates:
             path = self.root / name
@@ -145,6 +154,11 @@ class ImageFolder:
             if path.is_file() and path.resolve().is_relative_to(self.root.resolve()):
                 return path
         names, stems = self._found
-        found = [names.get(Path(name).name) for name in candidates]
-        found += [stems.get(Path(name).stem) for name in candidates]
-        return next((path for path in found if path is not None), None)
+        found = [(name, names.get(Path(name).name, [])) for name in candidates]
+        found += [(name, stems.get(Path(name).stem, [])) for name in candidates]
+        for name, paths in found:
+            above = Path(name).parent.parts
+            same = [path for path in paths if above and path.parent.parts[-len(above) :] == above] or paths
+            if len(same) == 1:
+                return same[0]
+        return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .caption_files import read_captions
-from .files import read_csv, read_json, read_records, read_text
+from .files import read_csv, read_json, read_records, read_text, take
 
 
 SUITES = {"geneval": 4, "dpg": 4, "t2i-compbench": 10, "coco": 1}  # images a prompt
@@ -64,12 +64,12 @@ def read_prompts(path: str | Path, seed: int = 0, images: int | None = None) -> 
 
 
 def _geneval(path: Path, images: int) -> list[DrawingPrompt]:
-    return [
-        DrawingPrompt(
-            f"{i:05d}", row["prompt"], [f"{i:05d}/samples/{k:04d}.png" for k in range(images)], images, metadata=row
-        )
-        for i, row in enumerate(read_records(path))
-    ]
+    prompts = []
+    for i, row in enumerate(read_records(path)):
+        files = [f"{i:05d}/samples/{k:04d}.png" for k in range(images)]
+        text = take(row, "prompt", str, f"{path}, row {i}")
+        prompts.append(DrawingPrompt(f"{i:05d}", text, files, images, metadata=row))
+    return prompts
 
 
 def _dpg(path: Path) -> list[DrawingPrompt]:
@@ -91,6 +91,11 @@ def _compbench(path: Path, images: int) -> list[DrawingPrompt]:
     ]
 
 
+def _file_name(key) -> str:
+    """An id as the name of a file, which lies in the folder it is given to."""
+    return str(key).replace("/", "_").replace("\\", "_")
+
+
 def _coco(path: Path, seed: int) -> list[DrawingPrompt]:
     rows = None
     if path.suffix in (".csv", ".tsv"):
@@ -106,8 +111,10 @@ def _coco(path: Path, seed: int) -> list[DrawingPrompt]:
     if rows is None:
         pick = random.Random(seed)
         images = [row for row in read_captions(path).rows if row.captions]
+        names = [_file_name(row.id) for row in images]
         return [
-            DrawingPrompt(str(row.id), pick.choice(row.captions), [f"{row.id}.png"], real=row.files) for row in images
+            DrawingPrompt(name, pick.choice(row.captions), [f"{name}.png"], real=row.files)
+            for name, row in zip(names, images, strict=True)
         ]
     prompts: dict[str, DrawingPrompt] = {}
     for i, row in enumerate(rows):
@@ -118,7 +125,7 @@ def _coco(path: Path, seed: int) -> list[DrawingPrompt]:
                 f"{path}, row {i}, has no id ({', '.join(ID_KEYS)}) or no text ({', '.join(TEXT_KEYS)}); "
                 f"its keys are {sorted(map(str, row))}"
             )
-        name = str(key).replace("/", "_")
+        name = _file_name(key)
         prompts.setdefault(name, DrawingPrompt(name, text, [f"{name}.png"]))
     return list(prompts.values())
 

@@ -46,6 +46,8 @@ def run_with_ray(
     from tqdm import tqdm
 
     done = output.rows()
+    # workers stand in a folder of their own
+    items = [item | {"image": os.path.abspath(item["image"])} if "image" in item else item for item in items]
     pending = [{"items": json.dumps(batch)} for _, batch in pending_batches(items, done, batch_size)]
     if not pending:
         return
@@ -53,6 +55,8 @@ def run_with_ray(
         ray.init()
     if device is None:
         device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+    if "folder" in options:
+        options = options | {"folder": os.path.abspath(options["folder"])}
     model = options["model"]
     options = options | {"model": os.path.abspath(model) if os.path.exists(model) else model, "device": device}
     written = ray.data.from_items(pending, override_num_blocks=len(pending)).map_batches(

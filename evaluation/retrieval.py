@@ -67,6 +67,8 @@ def evaluate_retrieval(
     for row in rows:
         if "error" in row:
             data.findings.add("broken images, left out", row["key"])
+    if not read:
+        raise ValueError(f"no image can be read; the first: {rows[0]['error']}")
     keys = [row["key"] for row in read]
     kept = [i for i, (key, _) in enumerate(pairs) if key in set(keys)]
     scores = np.array([row["scores"] for row in read])[:, kept]

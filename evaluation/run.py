@@ -159,6 +159,7 @@ def evaluate_answers(
             item |= {"question": item.pop("text"), "ask_answerable": data.name == "vizwiz" and protocol == "lavit"}
         warn(data.findings)
         settings |= {"images": str(images), "samples": hash_ids(item["key"] for item in items)}
+        settings["text_hash"] = hash_ids(f"{item['key']} {item['question']}" for item in items)
         rows = run_model(output, settings, items)
         if rows is None:
             return None
@@ -257,11 +258,11 @@ def find_images(rows: Sequence, images: str | Path, findings: Findings) -> list[
     for row in rows:
         path = folder.find(row.files)
         if path is None:
-            findings.add("missing images, left out", row.files[0])
+            findings.add("missing images, left out", row.files[0] if row.files else row.id)
             continue
         items.append({"key": str(row.id), "image": str(path), "text": getattr(row, "text", "")})
     if not items:
-        raise ValueError(f"{images} has none of the {len(rows)} images, such as {rows[0].files[0]}")
+        raise ValueError(f"{images} has none of the {len(rows)} images, such as {(rows[0].files or [rows[0].id])[0]}")
     return items
 
 

@@ -70,6 +70,24 @@ def test_prompts_are_recognised_by_their_form(tmp_path, geneval):
     assert {read_prompts(COCO, seed=seed)[1][0].text for seed in range(9)} > {prompts[0].text}
 
 
+@pytest.mark.parametrize("key", ["/etc/logo", "../../logo", "a\\b"])
+def test_an_id_names_a_file_in_the_folder_and_nowhere_else(key, tmp_path):
+    captions = {"images": [{"id": key, "file_name": "a.jpg"}], "annotations": [{"image_id": key, "caption": "a cat"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(captions))
+    (tmp_path / "list.json").write_text(json.dumps([{"id": key, "caption": "a cat"}]))
+    for name in ("coco.json", "list.json"):
+        _, (prompt,) = read_prompts(tmp_path / name)
+        assert not {"/", "\\"} & set(prompt.files[0]) and prompt.files[0].endswith(".png")
+
+
+def test_drawings_of_other_prompts_are_not_taken_for_these(tmp_path, geneval, capsys):
+    arguments = ["--prompts", geneval, "--n", 1, "--output", tmp_path / "out", *FAST]
+    assert run(*arguments) == 0
+    geneval.write_text(geneval.read_text().replace("an apple", "a pear"))
+    assert run(*arguments) == 2
+    assert "text_hash" in capsys.readouterr().err
+
+
 def test_geneval_gets_its_folder(tmp_path, geneval):
     assert run("--prompts", geneval, "--output", tmp_path / "out", "--n", 2, *FAST) in (0, None)
     folder = tmp_path / "out" / "images"
@@ -175,6 +193,10 @@ def test_images_of_a_grid_stand_in_reading_order():
     ("arguments", "message"),
     [
         (["--prompts", COCO, "--inception", "x"], "both --images"),
+        (
+            ["--prompts", COCO, "--limit", 1, "--images", IMAGES, "--inception", "tiny_scorers:TinyExtractor"],
+            "FID compares two drawings or more",
+        ),
         (["--prompts", COCO, "--candidates", 2], "--rerank chooses among --candidates"),
         (["--prompts", COCO, "--images", IMAGES, "--inception", "nowhere.pth"], "no such file of weights"),
         (["--prompts", COCO, "--images", IMAGES, "--inception", "tiny_scorers:None"], "no such class"),

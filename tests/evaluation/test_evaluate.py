@@ -166,6 +166,33 @@ def test_mistakes_are_one_line_and_exit_code_2_and_leave_no_results(arguments, m
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_captions_without_file_names_are_of_images_that_are_missing(tmp_path, capsys):
+    data = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a cat"}]}
+    (tmp_path / "captions.json").write_text(json.dumps(data))
+    arguments = [
+        "--annotations",
+        tmp_path / "captions.json",
+        "--images",
+        FIXTURES / "images",
+        "--output",
+        tmp_path / "out",
+    ]
+    assert run("captions", *arguments) == 2
+    assert "has none of the 1 images, such as 1" in capsys.readouterr().err
+
+
+def test_other_questions_under_the_same_ids_are_not_taken_for_answered(tmp_path, capsys):
+    questions = json.loads((FIXTURES / "questions_gqa.json").read_text())
+    path = tmp_path / "questions_gqa.json"
+    for text in ("what is it?", "which style is this?"):
+        for row in questions.values():
+            row["question"] = text
+        path.write_text(json.dumps(questions))
+        code = run("answers", "--questions", path, "--images", FIXTURES / "images", "--output", tmp_path / "out")
+        assert code == (0 if text == "what is it?" else 2)
+    assert "text_hash" in capsys.readouterr().err
+
+
 def test_questions_are_cleaned_as_the_authors_do():
     assert clean_question('What "is" this (thing): #1?  ') == "what is this thing 1?"
     assert clean_question("What now.  ") == "what now"

@@ -139,6 +139,16 @@ def test_images_are_found_by_path_by_name_and_with_any_ending_but_never_outside(
         ImageFolder(tmp_path / "nowhere")
 
 
+def test_of_several_images_of_a_name_the_one_whose_folder_is_named_is_found_or_none(tmp_path):
+    for name in ("x/a/1.png", "x/b/1.png", "y/2.png", "y/2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    folder = ImageFolder(tmp_path)
+    assert folder.find(["b/1.png"]) == tmp_path / "x/b/1.png"
+    assert folder.find(["1.png"]) is folder.find(["c/1.png"]) is folder.find(["1.jpg"]) is None
+    assert folder.find(["2.jpg"]) == tmp_path / "y/2.png"
+
+
 def test_ids_and_names_of_coco():
     assert image_id("val2014/COCO_val2014_000000000042.jpg") == 42 and image_id("1007129816.jpg") == 1007129816
     assert image_id("cat-2.jpg") == "cat-2"
