@@ -35,7 +35,8 @@ def choose_heads(width: int, text_config: PreTrainedConfig, heads: int | None) -
 def text_config(folder: Path) -> PreTrainedConfig:
     """Of the language model's folder."""
     file = folder / "config.json"
-    read_json(file)
+    if "auto_map" in read_json(file):
+        raise ValueError(f"{file} asks to run code (auto_map): refused, nothing was run")
     with said_of(f"{file} describes no language model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for name in ("max_position_embeddings", "num_attention_heads", "vocab_size"):

@@ -211,10 +211,13 @@ FAULTS = {
     "a hundred thousand layers": (lambda c: edit(c / LLAMA, num_hidden_layers=100_000), "num_hidden_layers=100000"),
     "a hundred thousand blocks": (lambda c: edit(c / UNET, layers_per_block=100_000), "layers_per_block=100000"),
     "a width of a billion": (lambda c: edit(c / LLAMA, hidden_size=10**9), "(642, 64), not (642, 1000000000)"),
-    "another architecture": (lambda c: edit(c / LLAMA, model_type="mamba"), "describes no language model"),
+    "another architecture": (
+        lambda c: (c / LLAMA).write_text('{"model_type": "mamba"}'),
+        "describes no language model",
+    ),
     "a configuration that runs code": (
         lambda c: edit(c / LLAMA, model_type="x", auto_map={"AutoConfig": "evil.C"}),
-        "describes no language model",
+        "asks to run code",
     ),
     "a pointer in place of weights": (
         lambda c: (c / TOKENIZER).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
