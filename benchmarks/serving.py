@@ -1,9 +1,9 @@
 """A server under load: what its processes hold in memory, what it answers, and what a drawing takes.
 
-    python -m benchmarks.serving load --clients 50 --seconds 300       [--pid 123 --url http://127.0.0.1:8000]
+    python -m benchmarks.serving load --clients 50 --seconds 300
     python -m benchmarks.serving drawings --repeats 5
 
-Each starts `lavit serve` with the embedded checkpoint and stops it again; with --pid and --url it asks one that runs.
+Each starts `lavit serve` with the embedded checkpoint and stops it again.
 """
 
 import argparse
@@ -219,12 +219,8 @@ def main() -> None:
     load.add_argument("--every", type=float, default=50)
     drawings = commands.add_parser("drawings")
     drawings.add_argument("--repeats", type=int, default=5)
-    for command in (load, drawings):
-        command.add_argument("--pid", type=int)
-        command.add_argument("--url")
     options = parser.parse_args()
-    running = contextlib.nullcontext(Server(options.url, options.pid)) if options.pid else started_server()
-    with running as server:
+    with started_server() as server:
         if options.command == "load":
             Load(server, options.clients).run(options.seconds, options.every)
         else:

@@ -376,6 +376,30 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             attentions=encoded.attentions,
         )
 
+    def decode_features(self, codes: torch.Tensor) -> torch.Tensor:
+        """The quantized features that codes stand for: rows of the codebook as they are stored (paper Eq. 3).
+
+        The encoder's features of all patches come back from these by [`LavitDetokenizer`] alone.
+
+        Args:
+            codes: (…,) int64 in 0 … K-1, such as `tokens.codes`.
+
+        Returns:
+            (…, D) float32.
+
+        Raises:
+            ValueError: they are no codes.
+        """
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be whole numbers, got {codes.dtype}")
+        size = self.config.codebook_size
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(
+                f"codes must be in 0 … {size - 1}, got {int(codes.min())} … {int(codes.max())}; ids of the language "
+                "model have the visual offset added"
+            )
+        return self.quantizer.codebook(codes)
+
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:
         """See [`tokenize`]; `return_dict=False` gives a tuple."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,10 +143,30 @@ print("SAME")
     assert done.stdout.strip().endswith("SAME"), done.stderr[-2000:]
 
 
+def foreign_samples(folder: Path, name: str | None = None) -> Path:
+    """Six images of the split `foreign`, one of which, or all, with a name that no other image has."""
+    rows = samples("train")[:6]
+    for i, row in enumerate(rows):
+        target = folder / row["file_name"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SAMPLES / row["file_name"], target)
+        row |= {"split": "foreign"} | ({"name": name or "a stranger"} if name or not i else {})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_style_without_known_names_cannot_be_evaluated(tmp_path):
+    arguments = ["--model", CHECKPOINT, "--data", SAMPLES, "--classifier", CLASSIFIER]
+    arguments += ["--foreign", foreign_samples(tmp_path, "a stranger")]
+    with pytest.raises(ValueError, match="no image of the split 'foreign'"):
+        evaluate([str(argument) for argument in arguments])
+
+
 @pytest.mark.slow
 def test_the_evaluation_reports_every_figure(tmp_path):
     arguments = ["--model", CHECKPOINT, "--data", SAMPLES, "--classifier", CLASSIFIER, "--count", 3, "--seeds", 1]
     arguments += ["--output", tmp_path / "figures.json", "--sheet", tmp_path / "sheet.png"]
+    arguments += ["--foreign", foreign_samples(tmp_path / "foreign")]
     evaluate([str(argument) for argument in arguments])
     figures = json.loads((tmp_path / "figures.json").read_text())
     for split in ("seen", "held_out"):
@@ -153,6 +174,9 @@ def test_the_evaluation_reports_every_figure(tmp_path):
         assert figures[split]["classifier_on_real"]["name_top5"] > 0.9
         assert {"name_top5", "style"} <= figures[split]["text_to_image"].keys()
     assert 0 < figures["tokens"]["keep_rate"] < 1
+    # images that the checkpoint was trained on, so it names most of them; what has another name is left out
+    assert figures["foreign"]["images"] == 5 and figures["foreign"]["caption_exact"] >= 0.6
+    assert "| caption of 5 images in a style that was never seen |" in table(figures)
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
 
 

@@ -63,6 +63,18 @@ def test_kept_rows_only_are_exact_for_an_image_that_keeps_all():
     torch.testing.assert_close(tokenizer.merger(features, all_kept), exact)
 
 
+@torch.no_grad()
+def test_codes_stand_for_rows_of_the_codebook():
+    tokenizer = visual_tokenizer().eval()
+    codes = tokenizer.tokenize(tiny_images(2)).codes
+    features = tokenizer.decode_features(codes)
+    torch.testing.assert_close(features, tokenizer.quantizer.codebook.weight[codes], rtol=0, atol=0)
+    assert features.dtype == torch.float32
+    for wrong in (codes + tokenizer.config.codebook_size, codes - 1 - codes.max(), codes.float(), codes > 0):
+        with pytest.raises(ValueError, match="codes must be"):
+            tokenizer.decode_features(wrong)
+
+
 def test_half_precision_keeps_norms_residual_stream_and_distances_in_float32(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     model = LavitForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()

@@ -187,6 +187,9 @@ def evaluate(
     """All figures, and the images of the sheet."""
     evaluation = Evaluation(pipe, classifier)
     everything = ImageRows(data, "train")
+    strangers = ImageRows(foreign, "foreign").of_names(set(everything.names)) if foreign else None
+    if strangers is not None and not len(strangers):
+        raise ValueError(f"no image of the split 'foreign' of {foreign} has a name of those in {data}")
     splits = {"seen": ImageRows(data, "train", count), "held_out": ImageRows(data, "held_out")}
     report: dict = {"tokens": evaluation.tokens(everything)}
     report |= {"seconds_from_text": evaluation.seconds_from_text(), "threads": torch.get_num_threads()}
@@ -205,9 +208,8 @@ def evaluate(
         report[split] = figures
         drawings[split] = (rows, drawn[0][1], reconstructed)
         print(split, json.dumps(figures), flush=True)
-    if foreign:
-        rows = ImageRows(foreign, "foreign").of_names(set(everything.names))
-        report["foreign"] = {"images": len(rows), "caption_exact": evaluation.caption(rows)}
+    if strangers is not None:
+        report["foreign"] = {"images": len(strangers), "caption_exact": evaluation.caption(strangers)}
     return report, drawings
 
 

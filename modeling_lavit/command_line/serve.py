@@ -65,9 +65,7 @@ def run_server(options: argparse.Namespace):
         raise OSError(f"{options.host}:{options.port} cannot be listened at: {error.strerror}") from error
     source = model_source(options)
     device, _ = device_and_dtype(options)
-    # read by Ray, and by the libraries of its workers: threads that wait do not spin, others may need the cores
-    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("OMP_WAIT_POLICY", "passive")):
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray
     from modeling_lavit.serving.application import serve_until_interrupted
     from modeling_lavit.serving.settings import ServeSettings
 

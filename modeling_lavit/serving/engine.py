@@ -28,10 +28,12 @@ class LavitEngine:
     """
 
     def __init__(self, settings: ServeSettings):
-        self.pipe = load_pipeline(settings)
+        self.batcher = Batcher(self._run, settings.max_batch_size)
+        # Loaded where it runs: OpenMP keeps helpers for each thread that has computed, and once there are more than
+        # cores, those of all threads sleep between two operations, and waking takes longer than most operations.
+        self.pipe = self.batcher.thread.submit(load_pipeline, settings).result()
         self.model, self.processor = self.pipe.model, self.pipe.processor
         self.max_tokens = settings.max_tokens
-        self.batcher = Batcher(self._run, settings.max_batch_size)
 
     async def describe(self) -> Description:
         """Sizes of images that the model draws and reads."""

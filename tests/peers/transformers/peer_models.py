@@ -31,6 +31,14 @@ common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES = common.MODEL_FOR_IMAGE_TEXT_
 }
 
 
+def text_ids(shape, vocab_size, **kwargs):
+    """Random ids of texts, for tests that make up ids of their own: of all ids, some would be slots by chance."""
+    return ids_tensor(shape, min(vocab_size, LavitModelTester.vocab_size), **kwargs)
+
+
+common.ids_tensor = text_ids
+
+
 class ModelTester:
     """What the common tests ask of a model: its configuration and inputs."""
 
