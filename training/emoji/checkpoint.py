@@ -68,7 +68,7 @@ STEPS = {
     "pixel_decoder": Step(
         "pixel_decoder",
         {"tokenizer": "tokenizer", "start": "pixel_decoder_features"},
-        lengths((3400, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
+        lengths((3000, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
     ),
     "classifier": Step("classifier"),
 }
