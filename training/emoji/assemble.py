@@ -52,17 +52,19 @@ def average(language_models: list[Path], shares: list[float], output: Path) -> N
     LavitProcessor.from_pretrained(first).save_pretrained(output)
 
 
-def load_in_float32(folder: Path) -> None:
-    """Makes float32 the type in which half-precision files are loaded by default: what a CPU computes well."""
+def tidy(folder: Path) -> None:
+    """Makes float32 the type in which half-precision files are loaded by default: what a CPU computes well. Takes out
+    what says where the files were before."""
 
     def change(values: dict) -> None:
+        values.pop("_name_or_path", None)
         for key, value in values.items():
             if key == "dtype" and value == "float16":
                 values[key] = "float32"
             elif isinstance(value, dict):
                 change(value)
 
-    for path in (folder / "config.json", folder / "detokenizer" / "config.json"):
+    for path in folder.glob("**/config.json"):
         config = json.loads(path.read_text())
         change(config)
         path.write_text(json.dumps(config, indent=2) + "\n")
@@ -94,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.scheduler:
             pipe.scheduler = getattr(diffusers, options.scheduler).from_config(pipe.scheduler.config)
         pipe.save_pretrained(options.output)
-    load_in_float32(options.output)
+    tidy(options.output)
     for name in ("training.json", "losses.png"):  # what the card shows
         if (options.language_model[0] / name).is_file():
             shutil.copyfile(options.language_model[0] / name, options.output / name)

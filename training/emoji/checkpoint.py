@@ -13,8 +13,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from modeling_lavit.command_line.common import Parser, positive_number
 
 
@@ -72,7 +70,8 @@ STEPS = {
     ),
     "classifier": Step("classifier"),
 }
-ASSEMBLY = ["--scheduler", "UniPCMultistepScheduler", "--default", "num_inference_steps=2"]
+SETTINGS = ["num_inference_steps=2", "decoder_guidance_scale=1.0"]
+ASSEMBLY = ["--scheduler", "UniPCMultistepScheduler", "--default", *SETTINGS]
 
 
 def arguments_of(name: str, runs: Path, profile: str, more: list[str]) -> list[str]:
@@ -142,10 +141,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     run_steps(options.runs, options.profile, options.jobs, options.overrides)
     from modeling_lavit.training.emoji import assemble
+    from modeling_lavit.training.emoji.recipe import EmojiLanguageModelRecipe
+    from modeling_lavit.training.emoji.train import RECIPES
+    from modeling_lavit.training.recipe_file import load_recipe
 
     parts = {"--language-model": "language_model", "--pixel-decoder": "pixel_decoder"}
     results = [word for flag, name in parts.items() for word in (flag, str(options.runs / name / "final"))]
-    recipe = yaml.safe_load((options.runs / "language_model" / "recipe.yaml").read_text(encoding="utf-8"))
-    drafts = ["--draft-images", recipe["data"]["path"]]
+    name, *entries = arguments_of("language_model", options.runs, options.profile, options.overrides)
+    images = load_recipe(RECIPES / f"{name}.yaml", entries, EmojiLanguageModelRecipe).data.path
+    drafts = ["--draft-images", images]
     assemble.main([*results, *ASSEMBLY, *drafts, "--output", str(options.output)])
     print(f"{options.output} is complete")

@@ -316,7 +316,8 @@ class EmojiLanguageModelRecipe(EmojiRecipe, LanguageModelRecipe):
         "caption": {"num_beams": 2, "min_new_tokens": 1, "max_new_tokens": 12},
         "answer": {"num_beams": 2, "min_new_tokens": 1, "max_new_tokens": 8},
         "image": {
-            "guidance_scale": 1.5,
+            "guidance_scale": 1.0,
+            "multimodal_guidance_scale": 1.5,
             "min_image_tokens": 8,
             "max_image_tokens": 130,
             "top_k": 50,
