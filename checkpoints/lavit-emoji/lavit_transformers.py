@@ -107,6 +107,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
@@ -237,7 +238,7 @@ def _commit(stage: Path, folder: Path) -> None:
     if not folder.exists():
         stage.rename(folder)
         return
-    stale = _stale(written, _files(folder))
+    stale = stale_files(written, _files(folder))
     loads = any((folder / name).is_file() for name in INDEX_FILES)
     # a shell that stands in the folder would stand in the one that goes
     if loads and stage.parent == folder.parent and not Path.cwd().is_relative_to(folder):
@@ -257,8 +258,8 @@ def _commit(stage: Path, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _stale(written: set[str], found: set[str]) -> set[str]:
-    """What belonged to files that are written again, and does not any more."""
+def stale_files(written: set[str], found: set[str]) -> set[str]:
+    """What of the files `found` in a folder belonged to those that are `written` again, and does not any more."""
     stale = set()
     for name in written:
         path = Path(name)
@@ -394,7 +395,16 @@ def push_folder(
             ours = {name: (folder / name).read_text(encoding="utf-8") for name in texts if (folder / name).is_file()}
             other = {name: text for name, text in texts.items() if text != ours.get(name)}
             ignored = [*IGNORED, *other]
-            commit = api.upload_folder(folder_path=folder, create_pr=create_pr, ignore_patterns=ignored, **where)
+            # weights in one file now, in several before, or the other way: libraries would load those that were there
+            sent = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+            stale = stale_files(sent, set(api.list_repo_files(repo_id, revision=revision)))
+            commit = api.upload_folder(
+                folder_path=folder,
+                create_pr=create_pr,
+                ignore_patterns=ignored,
+                delete_patterns=sorted(stale) or None,
+                **where,
+            )
             changed = {name: text for name, text in other.items() if text != theirs[name]}
             if changed:
                 # the folder stays as it is, what says the repository's name does not, nor its card with edits
@@ -406,11 +416,17 @@ def push_folder(
 
 
 def read_file(api: HfApi, repo_id: str, name: str, revision: str | None) -> str | None:
-    """The text of a file in a repository, if there is one."""
+    """The text of a file in a repository, if there is one.
+
+    Raises:
+        OSError: the Hub does not answer.
+    """
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = api.hf_hub_download(repo_id, name, revision=revision, local_dir=folder)
             return Path(path).read_text(encoding="utf-8")
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{repo_id}: {name} could not be read from the Hub: call again to go on") from error
     except (EntryNotFoundError, RevisionNotFoundError):
         return None
 
@@ -2170,6 +2186,30 @@ class LavitVisualTokenizer(SavedWithCodeMixin, StrictLoadingMixin, PreTrainedMod
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def decode_features(self, codes: torch.Tensor) -> torch.Tensor:
+        """The quantized features that codes stand for: rows of the codebook as they are stored (paper Eq. 3).
+
+        The encoder's features of all patches come back from these by [`LavitDetokenizer`] alone.
+
+        Args:
+            codes: (…,) int64 in 0 … K-1, such as `tokens.codes`.
+
+        Returns:
+            (…, D) float32.
+
+        Raises:
+            ValueError: they are no codes.
+        """
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be whole numbers, got {codes.dtype}")
+        size = self.config.codebook_size
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(
+                f"codes must be in 0 … {size - 1}, got {int(codes.min())} … {int(codes.max())}; ids of the language "
+                "model have the visual offset added"
+            )
+        return self.quantizer.codebook(codes)
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> LavitVisualTokens:

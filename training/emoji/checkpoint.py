@@ -3,8 +3,8 @@
 `lavit train emoji --output DIR [--profile cpu|gpu] [--jobs 2] [KEY=VALUE …]`
 
 Each step is a recipe of this folder in a process of its own, with its result in `RUNS/NAME/final`; steps that do not
-need one another run side by side. Started again, it leaves out what is complete and goes on with what was cut, as
-`lavit train` does. `KEY=VALUE` goes to every step, `STEP:KEY=VALUE` to one.
+need one another run side by side. Started again, it leaves out what is complete and what only that needed, and goes on
+with what was cut, as `lavit train` does. `KEY=VALUE` goes to every step, `STEP:KEY=VALUE` to one.
 """
 
 import subprocess
@@ -14,6 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from modeling_lavit.command_line.common import Parser, positive_number
+from modeling_lavit.training.emoji import assemble
+from modeling_lavit.training.emoji.train import RECIPES, STAGES
+from modeling_lavit.training.recipe import Recipe
+from modeling_lavit.training.recipe_file import load_recipe, parse_yaml
+from modeling_lavit.training.run import is_complete
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,17 @@ STEPS = {
         {"tokenizer": "tokenizer", "start": "pixel_decoder_features"},
         lengths((3000, 32), (5000, 64)) | {"": ["objective.perceptual_weight=0.3"]},
     ),
+    "drawing": Step(
+        "drawing",
+        {"tokenizer": "tokenizer", "start": "language_model", "mixup.teachers": ["teacher", "wide_teacher"]},
+        lengths((4800, 40), (3000, 96)),
+    ),
+    "pixels": Step(
+        "pixel_decoder",
+        {"tokenizer": "tokenizer", "start": "pixel_decoder"},
+        lengths((3600, 32), (3000, 64))
+        | {"": ["objective.perceptual_weight=0.3", "training_arguments.learning_rate=6.0e-4"]},
+    ),
     "classifier": Step("classifier"),
 }
 SETTINGS = ["num_inference_steps=2", "decoder_guidance_scale=1.0"]
@@ -92,14 +108,39 @@ def arguments_of(name: str, runs: Path, profile: str, more: list[str]) -> list[s
     return [step.recipe, f"training_arguments.output_dir={runs / name}", *needs, *own]
 
 
+def recipe_of(name: str, runs: Path, profile: str, more: list[str]) -> Recipe:
+    """The recipe of a step as it is trained by."""
+    recipe, *entries = arguments_of(name, runs, profile, more)
+    path = RECIPES / f"{recipe}.yaml"
+    return load_recipe(path, entries, STAGES[parse_yaml(path.read_bytes(), str(path))["stage"]].recipe_class)
+
+
+def steps_left(runs: Path, profile: str, more: list[str]) -> dict[str, Step]:
+    """The steps without a result that it takes, themselves or for another one."""
+    left: dict[str, Step] = {}
+
+    def need(name: str) -> None:
+        if name not in left and not is_complete(runs / name, recipe_of(name, runs, profile, more)):
+            left[name] = STEPS[name]
+            for other in STEPS[name].before:
+                need(other)
+
+    used = {other for step in STEPS.values() for other in step.before}
+    for name in STEPS.keys() - used:
+        need(name)
+    return {name: step for name, step in STEPS.items() if name in left}
+
+
 def run_steps(runs: Path, profile: str, jobs: int, more: list[str]) -> None:
-    """Runs every step as soon as those that it needs are complete, as many at once as have `jobs` threads in all.
+    """Runs every step that is left as soon as those that it needs are complete, as many at once as have `jobs` threads
+    in all.
 
     Raises:
         ValueError: a step failed; the others are stopped, and go on from their last checkpoint when started again.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    waiting, running, done = dict(STEPS), {}, set()
+    waiting, running = steps_left(runs, profile, more), {}
+    done = STEPS.keys() - waiting.keys()
     try:
         while waiting or running:
             for name in [name for name, step in waiting.items() if step.before <= done]:
@@ -120,7 +161,7 @@ def run_steps(runs: Path, profile: str, jobs: int, more: list[str]) -> None:
                 if process.returncode:
                     last = (runs / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     raise ValueError(f"{name} failed: {last[-1] if last else 'no output'} ({runs / f'{name}.log'})")
-                done.add(name)
+                done = done | {name}
                 print(f"{name}: complete after {(time.monotonic() - started) / 60:.1f} min", flush=True)
             time.sleep(0.2)
     finally:
@@ -140,15 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", metavar="[STEP:]KEY=VALUE", nargs="*", help="of every step's recipe, or of one's")
     options = parser.parse_args(arguments)
     run_steps(options.runs, options.profile, options.jobs, options.overrides)
-    from modeling_lavit.training.emoji import assemble
-    from modeling_lavit.training.emoji.recipe import EmojiLanguageModelRecipe
-    from modeling_lavit.training.emoji.train import RECIPES
-    from modeling_lavit.training.recipe_file import load_recipe
-
-    parts = {"--language-model": "language_model", "--pixel-decoder": "pixel_decoder"}
+    parts = {"--language-model": "drawing", "--pixel-decoder": "pixels"}
     results = [word for flag, name in parts.items() for word in (flag, str(options.runs / name / "final"))]
-    name, *entries = arguments_of("language_model", options.runs, options.profile, options.overrides)
-    images = load_recipe(RECIPES / f"{name}.yaml", entries, EmojiLanguageModelRecipe).data.path
-    drafts = ["--draft-images", images]
+    recipe = recipe_of("drawing", options.runs, options.profile, options.overrides)
+    drafts = ["--draft-images", recipe.data.path]
     assemble.main([*results, *ASSEMBLY, *drafts, "--output", str(options.output)])
     print(f"{options.output} is complete")

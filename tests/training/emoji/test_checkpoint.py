@@ -4,14 +4,16 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from parts import EMOJI
 from ranks import arguments
 
 from modeling_lavit import LavitPipeline
-from modeling_lavit.training.emoji.checkpoint import STEPS, arguments_of, main
+from modeling_lavit.training.emoji.checkpoint import STEPS, arguments_of, main, recipe_of, steps_left
 from modeling_lavit.training.emoji.recipe import EmojiLanguageModelRecipe
 from modeling_lavit.training.emoji.train import RECIPES, STAGES
 from modeling_lavit.training.recipe_file import load_recipe, parse_yaml
+from modeling_lavit.training.run import written
 
 
 SMALL = [
@@ -31,7 +33,7 @@ def test_every_steps_recipe_is_valid_in_every_profile(name, profile, tmp_path):
     loaded = load_recipe(path, overrides, stage.recipe_class)
     assert loaded.training_arguments.output_dir == str(tmp_path / name)
     assert STEPS[name].before <= set(list(STEPS)[: list(STEPS).index(name)])
-    if isinstance(loaded, EmojiLanguageModelRecipe) and name == "language_model":
+    if isinstance(loaded, EmojiLanguageModelRecipe) and name in ("language_model", "drawing"):
         assert loaded.mixup.teachers == [str(tmp_path / teacher / "final") for teacher in ("teacher", "wide_teacher")]
 
 
@@ -47,6 +49,20 @@ def test_a_step_that_fails_says_so_in_a_line(tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_what_is_complete_needs_nothing_before_it(tmp_path):
+    assert set(steps_left(tmp_path, "cpu", [])) == set(STEPS)
+    for name in ("language_model", "tokenizer", "wide_teacher"):
+        (tmp_path / name / "final").mkdir(parents=True)
+        recipe = written(recipe_of(name, tmp_path, "cpu", []))
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert set(steps_left(tmp_path, "cpu", [])) == {
+        *("teacher", "style_teacher", "encoder", "pixel_decoder_features", "pixel_decoder", "drawing", "pixels"),
+        "classifier",
+    }
+    with pytest.raises(ValueError, match="is the result of another recipe"):
+        steps_left(tmp_path, "cpu", ["tokenizer:training_arguments.max_steps=7"])
+
+
 def test_an_override_goes_to_every_step_or_to_one(tmp_path):
     more = ["threads=2", "teacher:model.width=3"]
     taken = {name: arguments_of(name, tmp_path, "cpu", more) for name in STEPS}
@@ -58,7 +74,7 @@ def test_an_override_goes_to_every_step_or_to_one(tmp_path):
 @pytest.mark.timeout(900)
 def test_all_steps_make_a_checkpoint_that_draws(tmp_path):
     output = tmp_path / "lavit-emoji"
-    smaller = ["language_model:mixup.number=12", "tokenizer:model.codebook_size=32"]
+    smaller = ["language_model:mixup.number=12", "drawing:mixup.number=12", "tokenizer:model.codebook_size=32"]
     smaller += ["tokenizer:detokenizer.codebook_size=32"]
     main(["--runs", str(tmp_path / "runs"), "--output", str(output), *SMALL, *smaller])
     pipe = LavitPipeline.from_pretrained(output)
