@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import traceback
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -237,20 +236,12 @@ def main(
     recipe_folders: tuple[Path, ...] = (RECIPES,),
 ) -> None:
     """`lavit train`; `stages` and `recipe_folders` are those that can be named."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["emoji"]:
-        # every step of the embedded checkpoint, each of which comes back here
-        import_module("modeling_lavit.training.emoji.checkpoint").main(arguments[1:])
-        return
     parser = Parser(prog="lavit train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "lavit train [STAGE] RECIPE [KEY=VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="e.g. training_arguments.max_steps=100")
     shipped = sorted(path.stem for folder in recipe_folders for path in folder.glob("*.yaml"))
-    parser.epilog = (
-        f"recipes: {', '.join(shipped)}\nstages: {', '.join(stages)} (a recipe says its own as `stage`)\n"
-        "`lavit train emoji --help`: the embedded checkpoint from scratch, all its steps"
-    )
+    parser.epilog = f"recipes: {', '.join(shipped)}\nstages: {', '.join(stages)} (a recipe says its own as `stage`)"
     options = parser.parse_args(arguments)
     name, overrides, stage = options.recipe, options.overrides, None
     if name in stages and overrides and "=" not in overrides[0]:

@@ -30,7 +30,7 @@ Errors are one line on stderr and exit code 2; LAVIT_TRACEBACK=1 shows where the
 
 # subcommand -> (module with main(arguments), help); a name with a dot in front is of this package
 DELEGATED = {
-    "train": ("modeling_lavit.training.run", "train one stage from a recipe"),
+    "train": (".train", "train one stage from a recipe; `train emoji`: the embedded checkpoint, all its steps"),
     "evaluate": (
         ".evaluate",
         "score captions, answers, drawings, visual tokens or retrieval, of a model or from files",
