@@ -200,6 +200,7 @@ def plot(comparisons: dict[str, Comparison], path: Path) -> None:
     axes.axvline(1, color="#999999", linewidth=0.8)
     axes.set_xlabel("speed of the first way / of the second, by CPU time; red: the ratio asked for")
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

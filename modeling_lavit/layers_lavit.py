@@ -89,12 +89,12 @@ def requested(
 class FewRowsLinear(nn.Linear):
     """As its base class; for a few rows on a CPU in float32 it multiplies in the other order, which is faster.
 
-    MKL packs the matrix of weights anew for every product of the usual order with 3 to 8 rows (measured on an AMD
-    EPYC: `python -m benchmarks.run --only few_rows`). Those are the rows of a step that draws two to four images with
-    guidance, or reads as many with two beams. Small matrices lie in the cache, and gain nothing.
+    MKL packs the matrix of weights anew for every product of the usual order with 3 to 8 rows, with AVX-512 of 2 and 3
+    (measured on two AMD EPYC: `python -m benchmarks.run --only few_rows`). Those are the rows of a step that draws one
+    to four images with guidance, or reads as many with two beams. Small matrices lie in the cache, and gain nothing.
     """
 
-    ROWS = range(3, 9)
+    ROWS = range(2, 4) if torch.backends.cpu.get_cpu_capability() == "AVX512" else range(3, 9)
     LEAST_WEIGHTS = 2**21
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
